@@ -1,0 +1,275 @@
+"""The only code that changes a program. Every edit goes through an `Editor`, which records it in the journal."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.traceback import NodeSource, NodeSourceAction
+from typing_extensions import Self
+
+from .errors import EditError
+from .formats.base import WeightFormat
+from .formats.dense import Dense
+from .journal import Action, Change, NodeRecord
+from .nodes import argument, get_tensor, module_path, node_type, op_name
+from .program import Program, Stage
+from .sites import SiteKind, WeightSite, find_sites
+from .weights import alias_classes, delete_tensor, named_tensors, set_tensor
+
+
+class Editor:
+    """Edits one program on behalf of one pass. Use as a context manager: leaving it prunes dead nodes and tensors and recompiles."""
+
+    def __init__(self, program: Program, pass_spec: str) -> None:
+        self.program = program
+        self.pass_spec = pass_spec
+        self._module = program.graph_module
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.finish()
+
+    def set_matrix(self, site: WeightSite, matrix: Tensor, why: str, facts: Mapping[str, float] | None = None) -> None:
+        """Give a plain site new weight values `[N, K]`; every tied site sees them."""
+        if site.compressed or tuple(matrix.shape) != (site.rows, site.columns):
+            raise EditError(
+                f"set_matrix at {site}: expected a plain site and [{site.rows}, {site.columns}], got {site.format.to_spec()} and {list(matrix.shape)}"
+            )
+        before = record(site.node, site)
+        self.set_tensor(site.tensors[0], site.from_matrix(matrix.to(site.dtype)))
+        self._journal(Action.REWEIGHTED, why, before, record(site.node, site), facts)
+
+    def set_tensor(self, name: str, tensor: Tensor) -> None:
+        """Rebind a parameter or buffer under all its tied names. Not journalled: callers record what it means."""
+        old = get_tensor(self._module, name)
+        for alias in alias_classes(self._module).of(name):
+            if get_tensor(self._module, alias).shape != old.shape:
+                raise EditError(f"{name} {list(old.shape)} is a view into storage that {alias} also uses; clone one of them before capture")
+            set_tensor(self._module, alias, tensor, parameter=isinstance(old, torch.nn.Parameter))
+
+    def untie(self, site: WeightSite) -> WeightSite:
+        """Give the site a weight of its own, so that later edits leave the sites tied to it alone; returns the site as it stands then."""
+        if site.compressed:
+            raise EditError(f"untie at {site}: it holds {site.format.to_spec()}, which no later edit changes")
+        name = self._own_name(site, "weight")
+        weight = get_tensor(self._module, site.tensors[0])
+        set_tensor(self._module, name, weight.detach().clone(), parameter=True)
+        with self.program.graph.inserting_before(site.node):
+            own = self.program.graph.get_attr(name)
+        site.node.replace_input_with(next(n for n in site.node.all_input_nodes if n.op == "get_attr" and n.target == site.tensors[0]), own)
+        self._journal(Action.ADDED, f"own copy of the weight tied to {', '.join(site.tied)}", None, replace(record(own), module=site.name))
+        return replace(site, tensors=(name,), tied=())
+
+    def compress(self, site: WeightSite, fmt: WeightFormat, payload: Mapping[str, Tensor], why: str, facts: Mapping[str, float] | None = None) -> fx.Node:
+        """Replace the site's node by the fxpress operator that holds `payload` in `fmt`."""
+        fmt.check_payload(payload, site.rows, site.columns, site.dtype, site.name)
+        if (reason := why_not_compressible(site)) is not None:
+            raise EditError(f"{site}: {reason}")
+        before = record(site.node, site)
+        with self.program.graph.inserting_before(site.node):
+            stored = [self._store(f"{site.name}.weight_{key}", tensor) for key, tensor in payload.items()]
+            target, args = _compressed_call(site, fmt, stored)
+            node = self.program.graph.call_function(target, args)
+        node.meta = dict(site.node.meta) | {"fxpress_site": site.name, "fxpress_dtype": site.dtype}
+        self.replace(site.node, node)
+        self.program.stage = Stage.COMPRESSED
+        self._journal(Action.REPLACED, why, before, record(node, _refreshed(node, site, fmt)), facts)
+        return node
+
+    def _store(self, name: str, tensor: Tensor) -> fx.Node:
+        set_tensor(self._module, name, tensor.detach(), parameter=False)
+        return self.program.graph.get_attr(name)
+
+    def decompress(self, site: WeightSite, why: str) -> fx.Node:
+        """Replace a compressed site by the plain operator on its decoded weight."""
+        before = record(site.node, site)
+        with self.program.graph.inserting_before(site.node):
+            weight = self._store(self._own_name(site, "weight"), site.matrix().reshape(site.shape))
+            node = self.program.graph.call_function(*_plain_call(site, weight))
+        node.meta = {k: v for k, v in site.node.meta.items() if not k.startswith("fxpress_")}
+        self.replace(site.node, node)
+        self._journal(Action.REPLACED, why, before, record(node, _refreshed(node, site, Dense())))
+        return node
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let every user of `old` use `new`, note the provenance, erase `old`."""
+        new.meta["from_node"] = [NodeSource(old, self.pass_spec, [NodeSourceAction.REPLACE, NodeSourceAction.CREATE])]
+        name = old.name
+        old.replace_all_uses_with(new)
+        self.program.graph.erase_node(old)
+        new.name = name if new.name != name else new.name
+
+    def bypass(self, node: fx.Node, source: fx.Node, why: str) -> None:
+        """Remove `node` and let its users read `source`; of a node with several results, those who took the first one."""
+        before = record(node)
+        for taker in [u for u in node.users if u.target is operator.getitem]:
+            if taker.users and taker.args[1] != 0:
+                raise EditError(f"bypass of {node.name}: result {taker.args[1]} is used by {', '.join(u.name for u in taker.users)}")
+            taken = record(taker)
+            taker.replace_all_uses_with(source)
+            self.program.graph.erase_node(taker)
+            self._journal(Action.REMOVED, why, taken, None)
+        node.replace_all_uses_with(source)
+        self.program.graph.erase_node(node)
+        self._journal(Action.REMOVED, why, before, None)
+
+    def set_bias(self, site: WeightSite, bias: Tensor, why: str) -> None:
+        """Give a linear, addmm or conv site a bias `[N]`, replacing the stored one it has; sites that share the old bias keep it."""
+        if (reason := _why_no_bias(site, bias)) is not None:
+            raise EditError(f"set_bias at {site}: {reason}")
+        before = record(site.node, site)
+        if site.bias is not None and self._readers(site.bias) == 1:
+            self.set_tensor(site.bias, bias.to(site.dtype))
+        else:
+            with self.program.graph.inserting_before(site.node):
+                stored = self._store(self._own_name(site, "bias"), bias.to(site.dtype))
+            place = _bias_place(site)
+            site.node.args = (*site.node.args[:place], stored, *site.node.args[place + 1 :])
+        self._journal(Action.REWEIGHTED, why, before, record(site.node, site))
+
+    def _readers(self, name: str) -> int:
+        """How many uses the tensor has under all its names."""
+        names = alias_classes(self._module).of(name)
+        return sum(len(n.users) for n in self.program.graph.nodes if n.op == "get_attr" and n.target in names)
+
+    def _own_name(self, site: WeightSite, leaf: str) -> str:
+        """`<site>.<leaf>`, or `<site>.own_<leaf>` while another site reads a tensor of that name."""
+        name = f"{site.name}.{leaf}"
+        read = any(n.op == "get_attr" and n.target == name and n.users for n in self.program.graph.nodes)
+        return f"{site.name}.own_{leaf}" if read else name
+
+    def finish(self) -> None:
+        """Drop dead weight reads and unused tensors, check the graph and recompile."""
+        graph = self.program.graph
+        for node in reversed(list(graph.nodes)):
+            if node.op == "get_attr" and not node.users:
+                graph.erase_node(node)
+        graph.eliminate_dead_code()
+        used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+        for name in [n for n, _ in named_tensors(self._module) if n not in used]:
+            delete_tensor(self._module, name)
+        graph.lint()
+        self._module.recompile()
+
+    def _journal(self, action: Action, why: str, before: NodeRecord | None, after: NodeRecord | None, facts: Mapping[str, float] | None = None) -> None:
+        self.program.journal.add(Change(pass_spec=self.pass_spec, action=action, why=why, before=before, after=after, facts=dict(facts or {})))
+
+
+def record(node: fx.Node, site: WeightSite | None = None) -> NodeRecord:
+    """The node as data, with its weight's format, parameters and bytes when it is a site."""
+    return NodeRecord(
+        name=node.name,
+        op=op_name(node),
+        module=site.name if site else module_path(node),
+        type=str(node_type(node) or ""),
+        inputs=tuple(n.name for n in node.all_input_nodes if n.op != "get_attr"),
+        format=site.format.to_spec() if site else "",
+        parameters=site.parameters if site else 0,
+        nbytes=site.nbytes if site else 0,
+    )
+
+
+def record_all(program: Program) -> tuple[NodeRecord, ...]:
+    """Every node but the weight reads, in graph order."""
+    sites = {s.node: s for s in find_sites(program)}
+    return tuple(record(n, sites.get(n)) for n in program.graph.nodes if n.op != "get_attr")
+
+
+def why_not_compressible(site: WeightSite) -> str | None:
+    """Reason why the site's node has no fxpress counterpart, or None."""
+    if site.compressed:
+        return f"already holds {site.format.to_spec()}; start from the uncompressed program"
+    if site.kind is SiteKind.ADDMM and (argument(site.node, "alpha"), argument(site.node, "beta")) != (1, 1):
+        return "addmm with alpha or beta other than 1"
+    if site.kind is SiteKind.ADDMM and (site.bias is None or _bias_shape(site) != (site.rows,)):
+        return f"addmm that adds something other than a stored bias [{site.rows}]"
+    if site.kind is SiteKind.EMBEDDING and (argument(site.node, "scale_grad_by_freq") or argument(site.node, "sparse")):
+        return "embedding with training-only options"
+    if isinstance(argument(site.node, "padding"), str) and _explicit_padding(site) is None:
+        return f"padding {argument(site.node, 'padding')!r} that needs different amounts on both sides"
+    return None
+
+
+def conv_geometry(site: WeightSite) -> tuple[list[int], list[int], list[int]]:
+    """Stride, padding and dilation of a conv site, each one int per spatial axis."""
+    count = len(site.shape) - 2
+    padding = _explicit_padding(site)
+    if padding is None:
+        raise EditError(f"{site}: padding {argument(site.node, 'padding')!r} needs different amounts on both sides")
+    return _per_axis(argument(site.node, "stride"), count), padding, _per_axis(argument(site.node, "dilation"), count)
+
+
+def _bias_place(site: WeightSite) -> int:
+    """Position of the bias among the arguments of the site's node."""
+    return 0 if site.kind is SiteKind.ADDMM else 2
+
+
+def _bias_shape(site: WeightSite) -> tuple[int, ...] | None:
+    module = site.node.graph.owning_module
+    return None if site.bias is None or module is None else tuple(get_tensor(module, site.bias).shape)
+
+
+def _why_no_bias(site: WeightSite, bias: Tensor) -> str | None:
+    """Reason why `set_bias` cannot give the site this bias, or None."""
+    if site.kind in (SiteKind.MM, SiteKind.EMBEDDING):
+        return f"{site.kind.value} takes no bias"
+    if tuple(bias.shape) != (site.rows,):
+        return f"expected a bias [{site.rows}], got {list(bias.shape)}"
+    place = _bias_place(site)
+    if site.bias is None and len(site.node.args) > place and site.node.args[place] is not None:
+        return "its bias is computed, not stored"
+    return None
+
+
+def _explicit_padding(site: WeightSite) -> list[int] | None:
+    """Padding as ints per axis, or None when `same` would be asymmetric."""
+    padding, kernel = argument(site.node, "padding"), site.shape[2:]
+    dilation = _per_axis(argument(site.node, "dilation"), len(kernel))
+    if padding == "valid":
+        return [0] * len(kernel)
+    if isinstance(padding, str):
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return None if any(t % 2 for t in total) else [t // 2 for t in total]
+    return _per_axis(padding, len(kernel))
+
+
+def _per_axis(value: Any, count: int) -> list[int]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return values * count if len(values) == 1 else values
+
+
+def _compressed_call(site: WeightSite, fmt: WeightFormat, stored: list[fx.Node]) -> tuple[Any, tuple[Any, ...]]:
+    spec, shape = fmt.to_spec(), list(site.shape)
+    if site.kind is SiteKind.EMBEDDING:
+        return torch.ops.fxpress.embedding.default, (site.data, stored, spec, shape, site.dtype)
+    if site.kind in (SiteKind.CONV1D, SiteKind.CONV2D):
+        return torch.ops.fxpress.conv.default, (site.data, stored, argument(site.node, "bias"), spec, shape, *conv_geometry(site), site.groups)
+    bias = {SiteKind.LINEAR: "bias", SiteKind.ADDMM: "self"}.get(site.kind)
+    return torch.ops.fxpress.linear.default, (site.data, stored, argument(site.node, bias) if bias else None, spec, [site.rows, site.columns])
+
+
+def _plain_call(site: WeightSite, weight: fx.Node) -> tuple[Any, tuple[Any, ...]]:
+    if site.kind is SiteKind.EMBEDDING:
+        return torch.ops.aten.embedding.default, (weight, site.data)
+    bias = argument(site.node, "bias")
+    if site.kind is SiteKind.LINEAR:
+        return torch.ops.aten.linear.default, (site.data, weight, bias)
+    target = torch.ops.aten.conv1d.default if site.kind is SiteKind.CONV1D else torch.ops.aten.conv2d.default
+    geometry = [argument(site.node, name) for name in ("stride", "padding", "dilation", "groups")]
+    return target, (site.data, weight, bias, *geometry)
+
+
+def _refreshed(node: fx.Node, site: WeightSite, fmt: WeightFormat) -> WeightSite:
+    """The site as it stands after `compress`."""
+    shape = (site.rows, site.columns) if site.transposed else site.shape
+    kind = SiteKind.LINEAR if site.transposed else site.kind
+    return replace(site, node=node, kind=kind, shape=shape, format=fmt)

@@ -1,0 +1,66 @@
+"""Write files and folders so that a failure leaves nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import ArtifactError
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield a scratch folder beside `target`; on success it takes the target's place, on failure it vanishes."""
+    target = Path(target)
+    scratch = _scratch_beside(target)
+    try:
+        yield scratch
+        _replace_folder(scratch, target)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {target}: {error.strerror or error}; free space or choose another folder") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yield a scratch path beside `target`; on success it replaces the target, on failure it vanishes."""
+    target = Path(target)
+    scratch = _scratch_beside(target)
+    try:
+        yield scratch / target.name
+        for part in sorted(scratch.iterdir(), key=lambda p: p.name == target.name):
+            os.replace(part, target.parent / part.name)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {target}: {error.strerror or error}; free space or choose another folder") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _scratch_beside(target: Path) -> Path:
+    """A fresh folder on the target's file system, so that the final rename is atomic."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ArtifactError(f"cannot write {target}: {error.strerror or error}; choose a writable folder") from error
+
+
+def _replace_folder(scratch: Path, target: Path) -> None:
+    scratch.chmod(0o755)
+    if not target.exists():
+        os.replace(scratch, target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    os.replace(target, old / "previous")
+    try:
+        os.replace(scratch, target)
+    except OSError:
+        os.replace(old / "previous", target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

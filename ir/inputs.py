@@ -1,0 +1,157 @@
+"""The inputs of a program: example values, their pytree, and which axes are dynamic."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from .errors import CaptureError
+
+
+@dataclass(frozen=True)
+class DynamicAxis:
+    """One axis that may vary: its symbol's name and inclusive range (`high` None: unbounded)."""
+
+    name: str
+    low: int = 1
+    high: int | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Positional and keyword example inputs, and per flattened leaf the dynamic axes (`{axis: DynamicAxis}`)."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    dynamic: tuple[Mapping[int, DynamicAxis], ...] = ()
+
+    @property
+    def leaves(self) -> list[Any]:
+        """Flattened example values, in placeholder order."""
+        return pytree.tree_leaves((self.args, self.kwargs))
+
+    def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Flatten a call's inputs like the examples; a different structure is refused with `ValueError`."""
+        if set(kwargs) != set(self.kwargs) or len(args) != len(self.args):
+            raise ValueError(
+                f"inputs: expected {len(self.args)} positional and keywords {sorted(self.kwargs)}, got {len(args)} positional and keywords {sorted(kwargs)}"
+            )
+        ordered = {k: kwargs[k] for k in self.kwargs}
+        leaves, spec = pytree.tree_flatten((args, ordered))
+        expected = pytree.tree_structure((self.args, self.kwargs))
+        if spec != expected:
+            raise ValueError(f"inputs: expected structure {expected}, got {spec}")
+        return leaves
+
+    def why_mismatch(self, leaves: list[Any]) -> str | None:
+        """Reason why flattened `leaves` do not fit the examples' dtypes, ranks and fixed sizes, or None."""
+        dynamic = self.dynamic or ({},) * len(leaves)
+        for i, (got, want, axes) in enumerate(zip(leaves, self.leaves, dynamic, strict=True)):
+            if isinstance(want, Tensor) and (reason := _why_tensor(got, want, axes)):
+                return f"input {i}: {reason}"
+            if not isinstance(want, Tensor) and (isinstance(got, Tensor) or got != want):
+                return f"input {i}: expected the captured constant {want!r}, got {'a tensor' if isinstance(got, Tensor) else repr(got)}"
+        return None
+
+    def dynamic_shapes(self, forward: Callable[..., Any]) -> dict[str, Any] | None:
+        """`dynamic_shapes` for `torch.export` of a module with this `forward`, or None when every axis is fixed."""
+        if not any(self.dynamic):
+            return None
+        dims: dict[str, Any] = {}
+        per_leaf = [{a: _dim(dims, d) for a, d in axes.items()} or None for axes in self.dynamic]
+        spec = pytree.tree_structure((self.args, self.kwargs))
+        args, kwargs = pytree.tree_unflatten(per_leaf, spec)
+        return dict(inspect.signature(forward).bind(*args, **kwargs).arguments)
+
+
+def _dim(dims: dict[str, Any], axis: DynamicAxis) -> Any:
+    if axis.name not in dims:
+        dims[axis.name] = torch.export.Dim(axis.name, min=axis.low, max=axis.high)
+    return dims[axis.name]
+
+
+def _why_tensor(got: Any, want: Tensor, axes: Mapping[int, DynamicAxis]) -> str | None:
+    if not isinstance(got, Tensor):
+        return f"expected a tensor, got {type(got).__name__}"
+    if got.dtype != want.dtype:
+        return f"expected dtype {want.dtype}, got {got.dtype}"
+    free = ["*" if i in axes else str(s) for i, s in enumerate(want.shape)]
+    fits = got.dim() == want.dim() and all(i in axes or g == w for i, (g, w) in enumerate(zip(got.shape, want.shape, strict=True)))
+    return None if fits else f"expected shape [{', '.join(free)}] (* is dynamic), got {list(got.shape)}; pass dynamic_shapes= at capture to vary an axis"
+
+
+def as_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Normalise a tensor, a tuple or list of positional inputs, or a mapping of keyword inputs."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    raise CaptureError(f"example_inputs: expected a tensor, a tuple or a dict of keyword inputs, got {type(example_inputs).__name__}")
+
+
+def dynamic_axes(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any, ranges: Mapping[Any, Any]) -> tuple[dict[int, DynamicAxis], ...]:
+    """Dynamic axes of every leaf, read off the placeholders' symbolic sizes; names come from the user's `Dim`s where given."""
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    names = _given_names(placeholders, given, kwargs)
+    return tuple(_axes_of(node.meta.get("val"), ranges, names) for node in placeholders)
+
+
+def _axes_of(value: Any, ranges: Mapping[Any, Any], names: dict[Any, str]) -> dict[int, DynamicAxis]:
+    if not isinstance(value, Tensor):
+        return {}
+    return {i: _dynamic_axis(_symbol(s), ranges, names) for i, s in enumerate(value.shape) if isinstance(s, torch.SymInt)}
+
+
+def _symbol(size: Any) -> Any:
+    """The sympy expression of a symbolic size."""
+    return size.node.expr
+
+
+def _dynamic_axis(symbol: Any, ranges: Mapping[Any, Any], names: dict[Any, str]) -> DynamicAxis:
+    if not symbol.is_Symbol:
+        raise CaptureError(
+            f"a dynamic axis is bound to the expression {symbol}; only independent dynamic axes are supported: pass dynamic_shapes with plain Dims"
+        )
+    bounds = ranges.get(symbol)
+    low = max(1, int(bounds.lower)) if bounds is not None else 1
+    high = int(bounds.upper) if bounds is not None and bounds.upper < 2**31 else None
+    return DynamicAxis(names.get(symbol, str(symbol)), low, high)
+
+
+def _given_names(placeholders: list[fx.Node], given: Any, kwargs: Mapping[str, Any]) -> dict[Any, str]:
+    """Symbol -> name of the user's `Dim`, matched leaf by leaf in order."""
+    if given is None:
+        return {}
+    if isinstance(given, Mapping) and set(given) == set(kwargs):
+        given = {k: given[k] for k in kwargs}  # placeholders stand in the order of the call
+    specs = pytree.tree_leaves(given, is_leaf=_is_axis_map)
+    names: dict[Any, str] = {}
+    if len(specs) != len(placeholders):
+        return names
+    for node, spec in zip(placeholders, specs, strict=True):
+        value = node.meta.get("val")
+        for axis, dim in _axis_items(spec):
+            if isinstance(value, Tensor) and isinstance(value.shape[axis], torch.SymInt) and hasattr(dim, "__name__"):
+                names.setdefault(_symbol(value.shape[axis]), dim.__name__)
+    return names
+
+
+def _is_axis_map(x: Any) -> bool:
+    """Whether `x` says which axes of one leaf vary: None, `{axis: dim}`, or one entry an axis."""
+    if isinstance(x, (tuple, list)):
+        return bool(x) and all(isinstance(d, (torch.export.Dim, type(torch.export.Dim.AUTO), type(None))) for d in x)
+    return x is None or (isinstance(x, dict) and all(isinstance(k, int) for k in x))
+
+
+def _axis_items(spec: Any) -> list[tuple[int, Any]]:
+    if isinstance(spec, (tuple, list)):
+        return list(enumerate(spec))
+    return list(spec.items()) if isinstance(spec, dict) else []

@@ -1,0 +1,41 @@
+"""Shared fixtures: tiny models and their captured programs, built once a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is ever fetched from a model hub
+settings.register_profile("fxpress", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fxpress")
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+
+from fxpress.ir.program import Program  # noqa: E402
+
+from .tiny import BUILDERS, TinyModel, fresh_program, tiny  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def zoo() -> Callable[[str], TinyModel]:
+    """`zoo(name)`: a tiny model with its inputs; shared, so leave it as it is."""
+    return tiny
+
+
+@pytest.fixture(scope="session")
+def captured() -> Callable[[str], Program]:
+    """`captured(name)`: a program of the tiny model, free to edit (a clone of one capture a session)."""
+    return fresh_program
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests where there is no CUDA device; keep tests of one tiny model (else: of one file) in one worker, which then captures it once."""
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        parameters = getattr(item, "callspec", None)
+        models = [p for p in (parameters.params.values() if parameters else ()) if isinstance(p, str) and p in BUILDERS]
+        item.add_marker(pytest.mark.xdist_group(models[0] if models else item.path.name))

@@ -1,0 +1,61 @@
+"""The printed form: golden text, and the same for every capture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fxpress.ir.capture import capture
+from fxpress.ir.edit import Editor
+from fxpress.ir.formats.affine import Affine
+from fxpress.ir.program import Program
+
+from ..tiny import TinyModel
+
+MLP = """\
+program captured {
+  %x : f32[s0, 12] = input
+  %linear : f32[s0, 20] = aten.linear(%x, @up.weight:f32[20, 12], @up.bias:f32[20])  # up; site up, dense, 960 bytes
+  %relu : f32[s0, 20] = aten.relu(%linear)
+  %linear_1 : f32[s0, 6] = aten.linear(%relu, @down.weight:f32[6, 20])  # down; site down, dense, 480 bytes
+  return [%linear_1]
+}
+"""
+
+COMPRESSED = """\
+program compressed {
+  %x : f32[s0, 12] = input
+  %linear : f32[s0, 20] = fxpress.linear(%x, [@up.weight_codes:ui8[20, 6], @up.weight_scale:f16[20, 2], @up.weight_zero_point:ui8[20, 1]], \
+@up.bias:f32[20], 'affine{bits=4,group_size=8}', [20, 12])  # up; site up, affine{bits=4,group_size=8}, 220 bytes
+  %relu : f32[s0, 20] = aten.relu(%linear)
+  %linear_1 : f32[s0, 6] = aten.linear(%relu, @down.weight:f32[6, 20])  # down; site down, dense, 480 bytes
+  return [%linear_1]
+}
+"""
+
+
+def test_golden(captured: Callable[[str], Program]) -> None:
+    assert captured("mlp").to_text() == MLP
+
+
+def test_golden_compressed(captured: Callable[[str], Program]) -> None:
+    program = captured("mlp")
+    site, fmt = program.sites()[0], Affine(bits=4, group_size=8)
+    with Editor(program, "test") as editor:
+        editor.compress(site, fmt, fmt.encode(site.matrix()), "test")
+    assert program.to_text() == COMPRESSED
+
+
+def test_captures_clones_and_idle_edits_print_equally(zoo: Callable[[str], TinyModel], captured: Callable[[str], Program]) -> None:
+    tiny, program = zoo("llama_tied"), captured("llama_tied")
+    again = capture(tiny.model, tiny.example_inputs, dynamic_shapes=tiny.dynamic_shapes)
+    assert again.to_text() == program.to_text() == program.clone().to_text()
+    with Editor(program, "test"):
+        pass
+    assert program.to_text().replace("lm_head.weight", "*") == again.to_text().replace("model.embed_tokens.weight", "*").replace("lm_head.weight", "*")
+
+
+def test_one_line_a_node_and_every_site_marked(captured: Callable[[str], Program]) -> None:
+    program = captured("vit")
+    text = program.to_text()
+    assert len(text.splitlines()) == 2 + sum(n.op != "get_attr" for n in program.graph.nodes)
+    assert text.count("; site ") == len(program.sites())
