@@ -1,0 +1,37 @@
+"""What a running pass may use: calibration data, seed, progress, checkpoint. Nothing is global."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+
+T = TypeVar("T")
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """Shared by all passes of one run."""
+
+    calibration: Sequence[Call] = ()
+    seed: int = 0
+    progress: bool = False
+    checkpoint: Checkpoint | None = None
+    logger: logging.Logger = field(default_factory=lambda: logging.getLogger("fxpress"))
+
+    def generator(self) -> torch.Generator:
+        """A fresh generator at the run's seed."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def track(self, items: Sequence[T] | Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        """Iterate with a progress bar when the run shows progress and stands at a terminal."""
+        from .progress import track
+
+        return track(items, label, total=total, enabled=self.progress)

@@ -1,0 +1,157 @@
+"""GPTQ: quantize column by column and let the columns not yet quantized absorb the error.
+
+Source: Frantar et al., "GPTQ: accurate post-training quantization for generative pre-trained transformers", ICLR 2023 (arXiv 2210.17323), algorithm 1:
+minimise `||W X - Q X||^2` with `H = X X^T` (mean over tokens here), damped by `damping * mean(diag H)`. With `act_order` the columns of largest
+`diag H` go first; group ranges are then fixed beforehand from the original columns ("static groups"), so the stored groups stay contiguous and no
+permutation is stored. Weights that are exactly zero on entry stay exactly zero (their rounding error is compensated like any other).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..ir.edit import Editor
+from ..ir.errors import PassError
+from ..ir.formats.affine import Affine, Granularity
+from ..ir.sites import WeightSite
+from ..ir.spec import option
+from .base import Decision, Guarantee, Need, SiteResult
+from .calibrate import Statistics, why_not_observable
+from .context import Context
+from .quantizing import AffineQuantization
+from .ranges import RangeSearch, find_range
+
+BLOCK = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeGptq(AffineQuantization):
+    """Affine codes of `weight: [N, K]` under the input Gram `[K, K]`. Needs calibration data; embeddings are skipped (they see indices)."""
+
+    guarantee: ClassVar[Guarantee] = Guarantee.CALIBRATED
+    search: RangeSearch = RangeSearch.MSE
+    damping: float = option(0.01, gt=0.0)
+    act_order: bool = True
+    sequential: bool = True
+
+    @property
+    def needs(self) -> Need:
+        """The input Gram."""
+        return Need.GRAM
+
+    @property
+    def sees_edits(self) -> bool:
+        """Sequential runs see earlier sites quantized."""
+        return self.sequential
+
+    def why_not(self, site: WeightSite) -> str | None:
+        """As for all affine passes; the site's rows must be observable."""
+        return why_not_observable(site) or super().why_not(site)
+
+    def decide(self, site: WeightSite, ctx: Context) -> Decision:
+        """Adds the cost of the column loop and the factorization."""
+        base = super().decide(site, ctx)
+        flops = base.flops + 2.0 * site.rows * site.columns**2 + 2.0 * site.columns**3
+        return Decision(site=site.name, action=base.action, bytes_before=base.bytes_before, bytes_after=base.bytes_after, flops=flops)
+
+    def rewrite_site(self, editor: Editor, site: WeightSite, decision: Decision, statistics: Statistics | None, ctx: Context) -> SiteResult:
+        """Quantize each conv group (a linear has one) under its own Gram."""
+        assert statistics is not None and statistics.gram is not None
+        matrix = site.matrix().float()
+        scale, zero = self._static_range(matrix, statistics.gram, site)
+        rows = site.rows // site.groups
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        error = power = 0.0
+        for group, gram in enumerate(statistics.gram):
+            part = slice(group * rows, (group + 1) * rows)
+            solver = self._solver(statistics, group, gram, site)
+            own = part if scale.shape[0] == site.rows else slice(None)
+            q, s, z = self._columns(matrix[part], solver, scale[own], zero[own])
+            parts.append((q, s, z))
+            delta = self.format.dequantize(q, s, z) - matrix[part]
+            error += float(((delta @ gram) * delta).sum())
+            power += float(((matrix[part] @ gram) * matrix[part]).sum())
+        codes, scales, zeros = zip(*parts, strict=True)
+        whole = self.format.sharing is Granularity.TENSOR
+        scale, zero = (scales[0], zeros[0]) if whole else (torch.cat(scales), torch.cat(zeros))
+        facts = {"output_error": (error / max(power, 1e-30)) ** 0.5, "tokens": float(statistics.tokens)}
+        return self.write(editor, site, matrix, torch.cat(codes), scale, zero, facts, f"GPTQ under {statistics.tokens:,} calibration rows")
+
+    def _static_range(self, matrix: Tensor, gram: Tensor, site: WeightSite) -> tuple[Tensor, Tensor]:
+        diagonal = gram.diagonal(dim1=1, dim2=2).repeat_interleave(site.rows // site.groups, 0)
+        return find_range(self.format, matrix, self.search, diagonal)
+
+    def _solver(self, statistics: Statistics, group: int, gram: Tensor, site: WeightSite) -> _Solver:
+        """Factor the Gram once for all sites that share it."""
+        key = f"gptq {self.damping} {self.act_order} {group}"
+        if key not in statistics.shared:
+            statistics.shared[key] = factor(gram, damping=self.damping, act_order=self.act_order, where=str(site))
+        solver: _Solver = statistics.shared[key]
+        return solver
+
+    def _columns(self, matrix: Tensor, solver: _Solver, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes `[N, K]` with the scales and zero points finally used (refreshed per group when columns go in storage order)."""
+        order, upper = solver.order, solver.upper
+        static = self.act_order or self.format.sharing is not Granularity.GROUP
+        weights = matrix[:, order].t().contiguous()  # [K, N]: a column of the weight is a contiguous row here
+        removed = weights == 0
+        codes = torch.empty_like(weights, dtype=torch.uint8)
+        group_of = order // self.format.group_width(matrix.shape[1])
+        scale, zero = scale.clone(), zero.clone()
+        for start in range(0, len(order), BLOCK):
+            stop = min(start + BLOCK, len(order))
+            errors = torch.empty(stop - start, matrix.shape[0])
+            for i in range(start, stop):
+                g = int(group_of[i])
+                if not static and i % self.format.group_width(matrix.shape[1]) == 0:
+                    _refresh(self.format, self.search, weights, scale, zero, i, g)
+                codes[i], errors[i - start] = _quantize_column(self.format, weights[i], removed[i], scale[:, g], zero[:, g], float(upper[i, i]))
+                weights[i + 1 : stop].addr_(upper[i, i + 1 : stop], errors[i - start], alpha=-1.0)
+            weights[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1.0)
+        out = torch.empty_like(codes)
+        out[order] = codes
+        return out.t().contiguous(), scale, zero
+
+
+@dataclass(frozen=True)
+class _Solver:
+    """`order: [K]` visits columns; `upper: [K, K] f32` is the upper Cholesky factor of the inverse damped Gram in that order."""
+
+    order: Tensor
+    upper: Tensor
+
+
+def factor(gram: Tensor, *, damping: float, act_order: bool, where: str) -> _Solver:
+    """Factor `gram: [K, K]` in float64; columns no data ever reached get unit curvature, so they are simply rounded."""
+    h = gram.double()
+    diagonal = h.diagonal()
+    dead = diagonal == 0
+    diagonal[dead] = float(diagonal.mean()) or 1.0
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(h))
+    h = h[order][:, order]
+    jitter = damping * float(diagonal.mean())
+    for _ in range(6):
+        lower, failed = torch.linalg.cholesky_ex(h + jitter * torch.eye(len(h), dtype=h.dtype))
+        if not int(failed):
+            inverse = torch.cholesky_inverse(lower)
+            return _Solver(order, torch.linalg.cholesky(inverse, upper=True).float())
+        jitter *= 10
+    raise PassError(f"quantize_gptq at {where}: the input Gram cannot be factored even with damping {jitter:g}; use more or cleaner calibration data")
+
+
+def _quantize_column(fmt: Affine, column: Tensor, removed: Tensor, scale: Tensor, zero: Tensor, pivot: float) -> tuple[Tensor, Tensor]:
+    """Codes and scaled error of one column `[N]`; removed weights take the code of zero."""
+    code = (column / scale).add_(zero).round_().clamp_(0, fmt.levels - 1)
+    if fmt.bits > 1 or not fmt.symmetric:
+        code = torch.where(removed, zero.expand_as(code), code)
+    return code.to(torch.uint8), (column - (code - zero) * scale).div_(pivot)
+
+
+def _refresh(fmt: Affine, search: RangeSearch, weights: Tensor, scale: Tensor, zero: Tensor, start: int, group: int) -> None:
+    """Refit the range of the group that begins at column `start` to its current, error-compensated weights."""
+    width = fmt.group_width(weights.shape[0])
+    scale[:, group : group + 1], zero[:, group : group + 1] = find_range(fmt, weights[start : start + width].t().contiguous(), search)
