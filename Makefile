@@ -20,6 +20,7 @@ setup: $(ready) ## make the virtual environment (every other target does this fi
 
 # The exact pins are tried first; where one of them does not exist (another Python or platform), the open ranges are used.
 $(ready): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python >= 3.10 is needed; name one with PYTHON=..."; exit 1; }
 	@test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing fxpress and its tools into $(VENV) (some minutes the first time)"
 	@$(pip) --constraint constraints.txt --editable '.[$(EXTRAS)]' \
@@ -27,7 +28,7 @@ $(ready): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(ready) ## compress a real language model and show what changed
-	@$(bin)/fxpress demo
+	@$(bin)/fxpress demo $(args)
 
 test: $(ready) ## fast tests
 	@$(pytest) -m "not slow" $(args)

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from .errors import CaptureError
 from .inputs import Inputs, as_inputs, dynamic_axes
 from .nodes import op_name
-from .program import Program
+from .program import Program, Stage
 from .sites import name_sites
 from .weights import named_tensors, set_tensor, shallow_tree
 
@@ -25,8 +25,8 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example_inputs: Any
     """Capture `model` as a `Program`.
 
     `example_inputs`: a tuple of positional inputs, a dict of keyword inputs, or one tensor; pytrees are fine. Not needed for an
-    ExportedProgram. `dynamic_shapes`: as in `torch.export.export`. The model is captured in evaluation mode and left as it was.
-    Raises `CaptureError` with what to do when torch.export refuses the model or a weight is NaN or infinite.
+    ExportedProgram (which may hold compressed sites). `dynamic_shapes`: as in `torch.export.export`. The model is captured in
+    evaluation mode and left as it was. Raises `CaptureError` with what to do when torch.export refuses the model or a weight is NaN or infinite.
     """
     if isinstance(model, torch.export.ExportedProgram):
         exported, given = model, None
@@ -59,12 +59,13 @@ def _export(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> torch
 
 
 def _advice(model: nn.Module, error: Exception) -> str:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = " ".join(lines[:3]) or type(error).__name__
     return (
-        f"torch.export cannot capture {type(model).__name__}: {type(error).__name__}: {first[:300].rstrip('.')}. "
+        f"torch.export cannot capture {type(model).__name__}: {type(error).__name__}: {first[:400].rstrip('.')}. "
         "Usual ways out: wrap the model so that forward() takes and returns tensors only; replace Python branches on tensor values by torch.where "
-        "or torch.cond; for Hugging Face models pass attention_mask and use_cache=False; declare varying sizes in dynamic_shapes. "
-        "The full message is attached as the cause."
+        "or torch.cond; for Hugging Face models pass attention_mask and use_cache=False; declare varying sizes in dynamic_shapes, "
+        "with example sizes of 2 or more on those axes. The full message is attached as the cause."
     )
 
 
@@ -82,7 +83,8 @@ def _program(exported: torch.export.ExportedProgram, args: tuple[Any, ...], kwar
     dynamic = dynamic_axes(graph, args, kwargs, given, ranges)
     module = fx.GraphModule(_tensor_tree(unlifted, graph), graph, "Program")
     module.train(False)
-    program = Program(module, Inputs(args, kwargs, dynamic))
+    compressed = any(op_name(n).startswith("fxpress.") for n in graph.nodes)
+    program = Program(module, Inputs(args, kwargs, dynamic), Stage.COMPRESSED if compressed else Stage.CAPTURED)
     name_sites(program)
     check_finite(module)
     program.verify()

@@ -76,7 +76,7 @@ class Editor:
             raise EditError(f"{site}: {reason}")
         before = record(site.node, site)
         with self.program.graph.inserting_before(site.node):
-            stored = [self._store(f"{site.name}.weight_{key}", tensor) for key, tensor in payload.items()]
+            stored = [self._store(self._name(site, f"weight_{key}"), tensor) for key, tensor in payload.items()]
             target, args = _compressed_call(site, fmt, stored)
             node = self.program.graph.call_function(target, args)
         node.meta = dict(site.node.meta) | {"fxpress_site": site.name, "fxpress_dtype": site.dtype}
@@ -95,7 +95,7 @@ class Editor:
         with self.program.graph.inserting_before(site.node):
             weight = self._store(self._own_name(site, "weight"), site.matrix().reshape(site.shape))
             node = self.program.graph.call_function(*_plain_call(site, weight))
-        node.meta = {k: v for k, v in site.node.meta.items() if not k.startswith("fxpress_")}
+        node.meta = {k: v for k, v in site.node.meta.items() if k != "fxpress_dtype"}
         self.replace(site.node, node)
         self._journal(Action.REPLACED, why, before, record(node, _refreshed(node, site, Dense())))
         return node
@@ -142,10 +142,15 @@ class Editor:
         return sum(len(n.users) for n in self.program.graph.nodes if n.op == "get_attr" and n.target in names)
 
     def _own_name(self, site: WeightSite, leaf: str) -> str:
-        """`<site>.<leaf>`, or `<site>.own_<leaf>` while another site reads a tensor of that name."""
-        name = f"{site.name}.{leaf}"
+        """Name of a tensor of this site alone: `<site>.<leaf>`, or `<site>.own_<leaf>` while a node reads something of that name."""
+        name = self._name(site, leaf)
         read = any(n.op == "get_attr" and n.target == name and n.users for n in self.program.graph.nodes)
-        return f"{site.name}.own_{leaf}" if read else name
+        return self._name(site, f"own_{leaf}") if read else name
+
+    def _name(self, site: WeightSite, leaf: str) -> str:
+        """`<site>.<leaf>`; `<site>_codes` and so on when the site is called after a bare parameter, which can hold nothing below it."""
+        bare = any(name == site.name for name, _ in named_tensors(self._module))
+        return f"{site.name}_{leaf.removeprefix('weight_')}" if bare else f"{site.name}.{leaf}"
 
     def finish(self) -> None:
         """Drop dead weight reads and unused tensors, check the graph and recompile."""

@@ -7,7 +7,9 @@ printed graph, re-exported, saved and lowered. `shape` is the weight's shape as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from math import prod
 
 import torch
@@ -17,12 +19,31 @@ from torch import Tensor
 from .formats.base import name_payload, parse_format
 
 
+_reused: ContextVar[dict[int, Tensor] | None] = ContextVar("fxpress_reused_weights", default=None)
+
+
+@contextmanager
+def decode_once() -> Iterator[None]:
+    """Within the block a payload is decoded at its first use and the weight kept until the end: for running one site on many batches."""
+    token = _reused.set({})
+    try:
+        yield
+    finally:
+        _reused.reset(token)
+
+
 def decode_weight(payload: Sequence[Tensor], weight_format: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The dense weight of `shape` in `dtype` that the payload stands for."""
+    kept = _reused.get()
+    if kept is not None and id(payload[0]) in kept:
+        return kept[id(payload[0])]
     rows, columns = shape[0], prod(shape[1:])
     fmt = parse_format(weight_format)
     named = name_payload(fmt, payload, rows, columns, dtype)
-    return fmt.decode(named, rows, columns, dtype).reshape(list(shape))
+    weight = fmt.decode(named, rows, columns, dtype).reshape(list(shape))
+    if kept is not None:
+        kept[id(payload[0])] = weight
+    return weight
 
 
 @torch.library.custom_op("fxpress::linear", mutates_args=())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -172,6 +173,8 @@ def name_sites(program: Program) -> None:
     """Write every site's name into its node, so that it stays the same whatever later edits do to the weights. Called once, at capture."""
     for site in find_sites(program):
         site.node.meta["fxpress_site"] = site.name
+        if site.compressed:
+            site.node.meta["fxpress_dtype"] = site.dtype
 
 
 def site_named(program: Program, name: str) -> WeightSite:
@@ -187,11 +190,11 @@ def _with_tied(site: WeightSite, names: list[str]) -> WeightSite:
 
 
 def _unique_names(sites: list[WeightSite]) -> list[WeightSite]:
-    """Number the later of several plain sites of one name (`name#2`); compressed sites keep the name they were compressed under."""
-    taken = {s.name for s in sites if s.compressed}
+    """Number the later of several new sites of one name (`name#2`); a site keeps the name that its node carries since capture or compression."""
+    taken = {s.name for s in sites if "fxpress_site" in s.node.meta}
     out = []
     for site in sites:
-        if not site.compressed:
+        if "fxpress_site" not in site.node.meta:
             numbered = (f"{site.name}#{i}" for i in count(2))
             site = site if site.name not in taken else replace(site, name=next(n for n in numbered if n not in taken))
             taken.add(site.name)
@@ -238,13 +241,13 @@ def _compressed_site(node: fx.Node, operator: _Operator) -> WeightSite:
     shape = tuple(argument(node, "shape"))
     kind = SiteKind.CONV1D if operator.kind is SiteKind.CONV2D and len(shape) == 3 else operator.kind
     return WeightSite(
-        name=node.meta["fxpress_site"],
+        name=node.meta.get("fxpress_site") or re.sub(r"(\.weight)?_[^_.]+$", "", names[0]),
         kind=kind,
         node=node,
         tensors=names,
         bias=_attribute_name(argument(node, operator.bias)) if operator.bias else None,
         shape=shape,
-        dtype=node.meta["fxpress_dtype"],
+        dtype=node.meta.get("fxpress_dtype") or node.meta["val"].dtype,
         format=parse_format(argument(node, "weight_format")),
         groups=argument(node, "groups") or 1,
     )

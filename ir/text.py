@@ -11,7 +11,7 @@ from .nodes import module_path, node_type, op_name
 from .program import Program
 from .sites import find_sites
 
-_SYMBOL = re.compile(r"\b[su]\d+\b")
+_SYMBOL = re.compile(r"(?<![%@.\w])[su]\d+\b")  # not the name of a node or tensor
 
 
 def program_text(program: Program) -> str:
@@ -48,4 +48,9 @@ def _argument(value: Any) -> str:
 
 def _rename_symbols(text: str) -> str:
     names: dict[str, str] = {}
-    return _SYMBOL.sub(lambda m: names.setdefault(m.group(), f"s{len(names)}"), text)
+
+    def renamed(line: str) -> str:
+        code, mark, note = line.partition("  # ")
+        return _SYMBOL.sub(lambda m: names.setdefault(m.group(), f"s{len(names)}"), code) + mark + note
+
+    return "".join(map(renamed, text.splitlines(keepends=True)))

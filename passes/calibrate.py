@@ -19,6 +19,7 @@ from ..ir.edit import conv_geometry, why_not_compressible
 from ..ir.errors import CalibrationError, CaptureError
 from ..ir.inputs import Inputs, as_inputs
 from ..ir.nodes import get_tensor
+from ..ir.ops import decode_once
 from ..ir.program import Program
 from ..ir.sites import SiteKind, WeightSite
 from .base import Need
@@ -172,8 +173,9 @@ class CalibrationWalk:
                 values[node] = leaves[self._input]
             self._input += 1
         elif node.op == "call_function":
-            for values in self._values:
-                values[node] = self._call(node, values)
+            with decode_once():
+                for values in self._values:
+                    values[node] = self._call(node, values)
         self._done.add(node)
         self._free(node)
 

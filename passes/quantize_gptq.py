@@ -135,10 +135,11 @@ def factor(gram: Tensor, *, damping: float, act_order: bool, where: str) -> _Sol
     h = h[order][:, order]
     jitter = damping * float(diagonal.mean())
     for _ in range(6):
-        lower, failed = torch.linalg.cholesky_ex(h + jitter * torch.eye(len(h), dtype=h.dtype))
+        identity = torch.eye(len(h), dtype=h.dtype)
+        # Factored from the last column backwards, H = R R^T with R upper triangular, so R^-1 is the upper factor of H^-1: no inverse of H is formed.
+        backwards, failed = torch.linalg.cholesky_ex((h + jitter * identity).flip(0, 1))
         if not int(failed):
-            inverse = torch.cholesky_inverse(lower)
-            return _Solver(order, torch.linalg.cholesky(inverse, upper=True).float())
+            return _Solver(order, torch.linalg.solve_triangular(backwards.flip(0, 1), identity, upper=True).float())
         jitter *= 10
     raise PassError(f"quantize_gptq at {where}: the input Gram cannot be factored even with damping {jitter:g}; use more or cleaner calibration data")
 

@@ -85,7 +85,7 @@ class Conv1dNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv1 = nn.Conv1d(2, 6, 5, stride=2, padding=2)
-        self.conv2 = nn.Conv1d(6, 4, 3, padding="same")
+        self.conv2 = nn.Conv1d(6, 4, 3, padding="same", dilation=2)
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:

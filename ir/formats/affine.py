@@ -135,7 +135,7 @@ class Affine(WeightFormat):
         wanted = torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(smallest, info.max)
         rounded = wanted.to(stored)
         if stored is torch.float16:
-            below = (rounded.to(scale.dtype) < wanted * (1 - 2**-20)).to(torch.int16)  # a scale that is a half but for fp32 rounding stays
+            below = (rounded.to(scale.dtype) < wanted).to(torch.int16)
             rounded = (rounded.view(torch.int16) + below).view(torch.float16)  # the next larger half: positive floats sort like their bits
         return rounded.to(scale.dtype)
 

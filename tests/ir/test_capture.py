@@ -184,6 +184,11 @@ def test_refusals_say_what_to_do(model: Any, inputs: Any, message: str) -> None:
         capture(model, inputs)
 
 
+def test_example_of_size_one_on_a_dynamic_axis_is_explained() -> None:
+    with pytest.raises(CaptureError, match=r"constant \(1\).*example sizes of 2 or more on those axes"):
+        capture(Mlp(), randn(1, 12), dynamic_shapes=({0: Dim("batch", max=64)},))
+
+
 def test_exported_programs_are_checked_too() -> None:
     exported = torch.export.export(spoiled(float("inf")), (randn(2, 12),))
     with pytest.raises(CaptureError, match=r"up.weight \[20, 12\] holds 1 NaN or infinite"):

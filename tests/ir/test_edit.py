@@ -60,6 +60,10 @@ def test_compressed_programs_re_export_bit_equal(model: str, captured: Callable[
     exported = program.to_exported()
     assert sum(op_name(n).startswith("fxpress.") for n in exported.graph.nodes) == len(program.sites())
     assert_same(exported.module()(*call[0]), program.run_inputs(call))
+    again = capture(exported)
+    assert again.stage is Stage.COMPRESSED
+    assert_same(again.run_inputs(call), program.run_inputs(call))
+    assert [(s.name, s.kind, s.dtype, s.format, s.nbytes) for s in again.sites()] == [(s.name, s.kind, s.dtype, s.format, s.nbytes) for s in program.sites()]
 
 
 def test_compress_records_what_was_and_what_is(captured: Callable[[str], Program]) -> None:

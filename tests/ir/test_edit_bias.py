@@ -77,6 +77,45 @@ def test_set_bias_leaves_a_shared_bias_to_the_others(captured: Callable[[str], P
     assert_same(get_tensor(program.graph_module, str(second)).detach(), old)
 
 
+class SharedBias(nn.Module):
+    """Two products that add one bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.w, self.b = nn.Parameter(randn(4, 4)), nn.Parameter(randn(4, 4, seed=1)), nn.Parameter(randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[N, 4] -> [N, 4]`."""
+        return torch.addmm(self.b, x, self.v) * torch.addmm(self.b, x, self.w)
+
+
+def test_set_bias_of_one_addmm_of_two() -> None:
+    program = capture(SharedBias(), randn(3, 4))
+    v, w = (s.matrix() for s in program.sites())
+    old, new, x = get_tensor(program.graph_module, "b").detach(), randn(4, seed=2), program.inputs.leaves[0]
+    with Editor(program, "test") as editor:
+        editor.set_bias(site_named(program, "w"), new, "why")
+    torch.testing.assert_close(program.run_examples(), F.linear(x, v, old) * F.linear(x, w, new))
+
+
+def test_sites_called_after_bare_parameters() -> None:
+    program = capture(SharedBias(), randn(3, 4))
+    expected = program.run_examples()
+    for _ in range(2):
+        for name in ("v", "w"):
+            compress(program, site_named(program, name), Dense())
+        program.verify()
+        again = capture(program.to_exported())
+        assert_same(again.run_examples(), program.run_examples())
+        torch.testing.assert_close(again.run_examples(), expected)
+        assert [s.name for s in again.sites()] == ["v", "w"]
+        for name in ("v", "w"):
+            with Editor(program, "test") as editor:
+                editor.decompress(site_named(program, name), "why")
+        assert [s.name for s in program.sites()] == ["v", "w"]
+    torch.testing.assert_close(program.run_examples(), expected)
+
+
 class Awkward(nn.Module):
     """Sites that fxpress operators cannot stand for."""
 

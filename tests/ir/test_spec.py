@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fxpress.ir.errors import SpecError
@@ -52,6 +52,7 @@ samples = st.builds(
 )
 
 
+@example(Sample(bits=1, only=("it's", 'a"b', "'", "", " x ", "12", "true", "[a", "a,b", "2:4", "re:^a{2}$")))
 @given(samples)
 def test_spec_round_trips(sample: Sample) -> None:
     assert parsed(sample.to_spec()) == sample

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor, nn
+from torch.export import Dim
+
 from fxpress.ir.capture import capture
 from fxpress.ir.edit import Editor
 from fxpress.ir.formats.affine import Affine
 from fxpress.ir.program import Program
 
-from ..tiny import TinyModel
+from ..tiny import TinyModel, randn
 
 MLP = """\
 program captured {
@@ -52,6 +55,25 @@ def test_captures_clones_and_idle_edits_print_equally(zoo: Callable[[str], TinyM
     with Editor(program, "test"):
         pass
     assert program.to_text().replace("lm_head.weight", "*") == again.to_text().replace("model.embed_tokens.weight", "*").replace("lm_head.weight", "*")
+
+
+class Scaled(nn.Module):
+    """Inputs and a module whose names look like torch's symbols."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.s2 = nn.Linear(4, 4)
+
+    def forward(self, s1: Tensor, u7: Tensor) -> Tensor:
+        """`[N, 4], [N, 4] -> [N, 4]`."""
+        return self.s2(s1) * u7
+
+
+def test_names_that_look_like_symbols_stay() -> None:
+    axes = {0: Dim("n", max=64)}
+    text = capture(Scaled(), (randn(2, 4), randn(2, 4)), dynamic_shapes=(axes, axes)).to_text()
+    assert "%s1 : f32[s0, 4] = input\n  %u7 : f32[s0, 4] = input" in text
+    assert "aten.linear(%s1, @s2.weight:f32[4, 4], @s2.bias:f32[4])  # s2; site s2, dense" in text
 
 
 def test_one_line_a_node_and_every_site_marked(captured: Callable[[str], Program]) -> None:

@@ -139,6 +139,13 @@ def test_granularity(options: dict[str, Any], grid: tuple[int, int]) -> None:
     assert fmt.encode(randn(3, 10))["scale"].shape == grid == fmt.grid(3, 10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_decode_computes_in_single_precision_and_rounds_once(dtype: torch.dtype) -> None:
+    fmt = Affine(bits=8, scale_dtype=ScaleType.FLOAT32)
+    payload = fmt.encode(randn(8, 64))
+    assert_same(fmt.decode(payload, 8, 64, dtype), fmt.decode(payload, 8, 64, torch.float32).to(dtype))
+
+
 def test_short_last_group_has_its_own_range() -> None:
     matrix = torch.cat([randn(4, 8), 100 * randn(4, 3, seed=1)], dim=1)
     fmt = Affine(bits=4, group_size=8)
