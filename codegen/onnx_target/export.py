@@ -1,0 +1,156 @@
+"""Write a compressed program to an ONNX file whose size is its weights, and check the file before it takes its place."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...ir.errors import ExportError
+from ...ir.program import Program
+from ...runtime.files import atomic_file
+from ..target import LoweringReport
+from .check import Check, Checked, Mode, check_file
+from .lowering import Onnx
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+PROTOBUF_LIMIT = 1_900_000_000  # a protobuf message ends at 2 GiB
+GRAPH_BYTES_PER_NODE, GRAPH_BYTES = 320, 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxReport:
+    """What was written and how it was checked. `fused`: MatMulNBits nodes in ONNX Runtime's optimized graph (0 when unchecked)."""
+
+    lowering: LoweringReport
+    path: str
+    opset: int
+    file_bytes: int
+    external_data: bool
+    fused: int
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...]
+    seconds: dict[str, float]
+
+    @property
+    def max_error(self) -> float:
+        """Largest relative error of the exact runs (NaN when unchecked)."""
+        return max((c.error for c in self.checks if c.mode is Mode.EXACT), default=float("nan"))
+
+    @property
+    def fused_error(self) -> float:
+        """Largest relative error of the default, fused runs (NaN when unchecked)."""
+        return max((c.error for c in self.checks if c.mode is Mode.DEFAULT), default=float("nan"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self) | {"checks": [asdict(c) | {"mode": c.mode.value, "sizes": dict(c.sizes)} for c in self.checks]}
+
+
+def export_onnx(
+    program: Program,
+    path: str | Path,
+    *,
+    opset: int | None = None,
+    tolerance: float | None = None,
+    fused_tolerance: float = 0.25,
+    check: bool = True,
+    external_data: bool | None = None,
+    progress: bool = False,
+) -> OnnxReport:
+    """Write `program` to the ONNX file `path` and return the report.
+
+    `tolerance` bounds the error of the exact run relative to the largest output value (None: 1e-4, float16 models 2e-2), `fused_tolerance` that of
+    ONNX Runtime's default run. `external_data` puts the weights into `<path>.data` beside the graph (None: only when they exceed 1.9 GB).
+    Nothing is left behind when a check fails (`ExportError`).
+    """
+    steps = _Steps(progress)
+    exact = tolerance if tolerance is not None else _default_tolerance(program)
+    with atomic_file(Path(path)) as scratch:
+        written = _write(Onnx(opset=opset), program, scratch, external_data, steps)
+        checked = Checked(checks=(), fused=0, notes=("unchecked",))
+        if check:
+            checked = check_file(scratch, program, bounds={Mode.EXACT: exact, Mode.DEFAULT: fused_tolerance})
+        steps.done("check")
+    return OnnxReport(
+        lowering=written.lowering,
+        path=str(path),
+        opset=written.opset,
+        file_bytes=written.file_bytes,
+        external_data=written.external,
+        fused=checked.fused,
+        checks=checked.checks,
+        notes=(*checked.notes, *_fusion_note(written.lowering, checked)),
+        seconds=steps.seconds,
+    )
+
+
+@dataclass(frozen=True)
+class _Written:
+    lowering: LoweringReport
+    opset: int
+    file_bytes: int
+    external: bool
+
+
+def _write(target: Onnx, program: Program, path: Path, external_data: bool | None, steps: _Steps) -> _Written:
+    """Lower and write; the model in memory is gone before the file is checked."""
+    lowered = target.lower(program)
+    steps.done("lower")
+    model, nbytes = lowered.artifact, lowered.report.nbytes
+    external = nbytes > PROTOBUF_LIMIT if external_data is None else external_data
+    _save(model, path, external)
+    file_bytes = sum(f.stat().st_size for f in path.parent.iterdir())
+    _check_size(file_bytes, nbytes, len(model.graph))
+    steps.done("write")
+    return _Written(lowered.report, model.opset_imports[""], file_bytes, external)
+
+
+class _Steps:
+    """Times the steps, and names them on standard error when progress is shown."""
+
+    def __init__(self, progress: bool) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+        self._start = time.perf_counter()
+
+    def done(self, step: str) -> None:
+        """Note that `step` is over."""
+        now = time.perf_counter()
+        self.seconds[step], self._start = now - self._start, now
+
+
+def _save(model: onnx_ir.Model, path: Path, external: bool) -> None:
+    import onnx_ir as ir
+
+    if external:
+        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
+    else:
+        ir.save(model, path)
+
+
+def _check_size(file_bytes: int, nbytes: int, nodes: int) -> None:
+    """The file must be its weights, within 2 % and a small graph."""
+    allowed = int(1.02 * nbytes) + GRAPH_BYTES + GRAPH_BYTES_PER_NODE * nodes
+    if file_bytes > allowed:
+        raise ExportError(
+            f"the file takes {file_bytes} bytes, but its weights are {nbytes} and its {nodes} nodes explain at most {allowed - nbytes} more; "
+            "a weight is stored twice or in full precision: please report the model"
+        )
+
+
+def _default_tolerance(program: Program) -> float:
+    half = any(t.dtype is torch.float16 for t in program.graph_module.parameters())
+    return 2e-2 if half else 1e-4
+
+
+def _fusion_note(report: LoweringReport, checked: Checked) -> tuple[str, ...]:
+    expected = sum(s.fused for s in report.sites)
+    if not checked.checks or checked.fused >= expected:
+        return ()
+    return (f"ONNX Runtime fused {checked.fused} of {expected} linears to MatMulNBits; the others run as DequantizeLinear + MatMul",)
