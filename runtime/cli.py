@@ -1,0 +1,106 @@
+"""The command line: `fxpress demo | optimize | diff | show | passes | doctor`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..ir.errors import FxpressError, SpecError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Compress PyTorch models by passes over their FX graph.")
+
+ModelArgument = Annotated[str, typer.Argument(help="Hugging Face folder, or package.module:factory returning (model, example_inputs)")]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="folder to write")]
+
+
+def main() -> None:
+    """Entry point: one clear line for every error fxpress raises on purpose, exit code 2."""
+    try:
+        app()
+    except FxpressError as error:
+        typer.secho(f"error ({type(error).__name__}): {error}", fg="red", err=True)
+        sys.exit(2)
+
+
+@app.command()
+def demo(
+    out: OutOption = Path("demo-out"),
+    quick: Annotated[bool, typer.Option(help="2 calibration windows and 2 evaluation windows: a smoke test")] = False,
+) -> None:
+    """Compress SmolLM2-135M to 4 bits, check it in ONNX Runtime, and write model.onnx, diff.html and report.md."""
+    from .demo import run_demo
+
+    run_demo(out, quick=quick)
+
+
+@app.command()
+def optimize(
+    model: ModelArgument,
+    out: OutOption = Path("fxpress-out"),
+    passes: Annotated[list[str] | None, typer.Option("--pass", "-p", help="pass spec such as quantize_rtn{bits=4,group_size=64}; repeat in order")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML recipe instead of --pass")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text file for passes that need data")] = None,
+    windows: Annotated[int, typer.Option(help="calibration windows")] = 16,
+    length: Annotated[int, typer.Option(help="tokens per calibration window")] = 512,
+    onnx: Annotated[bool, typer.Option(help="also write a checked model.onnx")] = True,
+    seed: Annotated[int, typer.Option(help="seed")] = 0,
+    checkpoint: Annotated[Path | None, typer.Option(help="folder to resume from after a kill")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print plan, legality, bytes, time and memory; touch nothing")] = False,
+) -> None:
+    """Run passes over a model and write the artefact, the ONNX file, the diff and the summary."""
+    from .commands import OptimizeRequest, run_optimize
+
+    if (recipe is None) == (not passes):
+        raise SpecError("give either --pass (repeatable) or --recipe; `fxpress passes` lists the passes")
+    run_optimize(
+        OptimizeRequest(
+            model=model, out=out, passes=recipe if recipe is not None else list(passes or []), calibration=calibration, windows=windows, length=length,
+            onnx=onnx, seed=seed, checkpoint=checkpoint, dry_run=dry_run,
+        )
+    )  # fmt: skip
+
+
+@app.command()
+def diff(
+    before: Annotated[str, typer.Argument(help="artefact folder, or a model as for optimize")],
+    after: Annotated[str, typer.Argument(help="artefact folder, or a model as for optimize")],
+    html: Annotated[Path | None, typer.Option(help="write a self-contained HTML page here")] = None,
+    fail_on_change: Annotated[bool, typer.Option(help="exit with 1 when the programs differ")] = False,
+) -> None:
+    """Show what differs between two programs."""
+    from .commands import run_diff
+
+    changed = run_diff(before, after, html)
+    if changed and fail_on_change:
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(
+    what: Annotated[str, typer.Argument(help="artefact folder, or a model as for optimize")],
+    sites: Annotated[bool, typer.Option("--sites", help="list the weight sites instead of the graph")] = False,
+) -> None:
+    """Print a program as text, or its weight sites as a table."""
+    from .commands import run_show
+
+    run_show(what, sites=sites)
+
+
+@app.command()
+def passes(name: Annotated[str | None, typer.Argument(help="a pass, to see its options")] = None) -> None:
+    """List the passes, or one pass with its options."""
+    from .commands import run_passes
+
+    run_passes(name)
+
+
+@app.command()
+def doctor() -> None:
+    """Report versions and run a small end-to-end check."""
+    from .doctor import run_doctor
+
+    if not run_doctor():
+        raise typer.Exit(1)

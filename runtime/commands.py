@@ -1,0 +1,113 @@
+"""What the commands of the command line do."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..ir.program import Program
+from ..passes.base import SitePass, pass_class, pass_names
+from .optimize import optimize
+from .sources import load_source
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizeRequest:
+    """Arguments of `fxpress optimize`."""
+
+    model: str
+    out: Path
+    passes: Path | list[str]
+    calibration: Path | None
+    windows: int
+    length: int
+    onnx: bool
+    seed: int
+    checkpoint: Path | None
+    dry_run: bool
+
+
+def run_optimize(request: OptimizeRequest) -> None:
+    """Load, optimize, write `artifact/`, `model.onnx`, `diff.html` and `summary.txt`."""
+    source = load_source(request.model)
+    calibration: Any = source.calibration or None
+    if request.calibration is not None:
+        calibration = source.text_batches(request.calibration, windows=request.windows, length=request.length)
+    options: dict[str, Any] = {"calibration": calibration, "seed": request.seed}
+    program = source.capture()
+    if request.dry_run:
+        typer.echo(optimize(program, request.passes, dry_run=True, **options))
+        return
+    result = optimize(program, request.passes, progress=True, checkpoint_dir=request.checkpoint, **options)
+    result.save(request.out / "artifact")
+    text = result.summary()
+    if request.onnx:
+        text += str(result.export_onnx(request.out / "model.onnx", progress=True)) + "\n"
+    result.diff().to_html(request.out / "diff.html")
+    (request.out / "summary.txt").write_text(text, encoding="utf-8")
+    typer.echo(text + f"written: {', '.join(sorted(str(p) for p in request.out.iterdir()))}")
+
+
+def load_program(where: str) -> Program:
+    """A program from an artefact folder, or captured from a model."""
+    if (Path(where) / "manifest.json").exists():
+        from .artifact import load
+
+        return load(where).program
+    return load_source(where).capture()
+
+
+def run_diff(before: str, after: str, html: Path | None) -> bool:
+    """Print the diff by matching; True when the programs differ."""
+    from ..ir.diff import GraphDiff
+
+    diff = GraphDiff.between(load_program(before), load_program(after))
+    typer.echo(diff.to_text())
+    if html is not None:
+        diff.to_html(html)
+        typer.echo(f"written: {html}")
+    return not diff.is_empty
+
+
+def run_show(what: str, *, sites: bool) -> None:
+    """Print the graph, or a table of sites."""
+    program = load_program(what)
+    if not sites:
+        typer.echo(program.to_text())
+        return
+    table = Table("site", "kind", "shape", "format", "bytes", "tied to")
+    for s in program.sites():
+        table.add_row(s.name, s.kind.value, str(list(s.shape)), s.format.to_spec(), f"{s.nbytes:,}", ", ".join(s.tied))
+    Console().print(table)
+
+
+def run_passes(name: str | None) -> None:
+    """Print all passes with their first doc line, or one with its options."""
+    if name is None:
+        table = Table("pass", "guarantee", "data", "what it does")
+        for n in pass_names():
+            cls = pass_class(n)
+            table.add_row(n, cls.guarantee.value, "needed" if _may_need_data(cls) else "no", _module_line(cls))
+        Console().print(table)
+        return
+    cls = pass_class(name)
+    typer.echo(f"{name}: {_module_line(cls)}\n\n{cls.__doc__}\n")
+    table = Table("option", "type", "default")
+    for f in fields(cls):
+        default = "required" if f.default is MISSING else str(getattr(f.default, "value", f.default))
+        table.add_row(f.name, str(f.type), default)
+    Console().print(table)
+
+
+def _may_need_data(cls: type) -> bool:
+    return issubclass(cls, SitePass) and cls.needs is not SitePass.needs
+
+
+def _module_line(cls: type) -> str:
+    return (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0]

@@ -1,0 +1,37 @@
+"""Run an exported language model in ONNX Runtime as a plain function from token ids to logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ir.errors import MissingExtraError
+
+
+class OnnxLanguageModel:
+    """`model(input_ids: [B, S] int64) -> logits [B, S, V] f32` on the CPU; nothing is masked."""
+
+    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+        self.session = open_session(path, threads=threads)
+        self._inputs = [i.name for i in self.session.get_inputs()]
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """Logits of every position."""
+        feeds = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        (logits,) = self.session.run(["logits"], {name: feeds[name].numpy() for name in self._inputs})
+        return torch.from_numpy(logits)
+
+
+def open_session(path: str | Path, *, threads: int | None = None) -> Any:
+    """An ONNX Runtime CPU session with all optimizations."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtraError("onnxruntime", "onnx", "running an ONNX file") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

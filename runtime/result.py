@@ -1,0 +1,91 @@
+"""`Result`: what `optimize` and `load` return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..ir.errors import ArtifactError
+from ..ir.program import Program
+from ..passes.base import Guarantee, PassReport
+from ..passes.pipeline import Outcome
+from ..passes.recipe import Recipe
+
+if TYPE_CHECKING:
+    from ..codegen.onnx_target import OnnxReport
+    from ..ir.diff import GraphDiff
+
+
+@dataclass(frozen=True)
+class Result:
+    """A compressed program with everything one may want to do with it.
+
+    `original` is the program as captured; it is None after `load`, which does not store the uncompressed weights.
+    """
+
+    program: Program
+    reports: tuple[PassReport, ...]
+    recipe: Recipe
+    original: Program | None = None
+    bytes_before: int = 0
+
+    def __post_init__(self) -> None:
+        if self.original is not None and not self.bytes_before:
+            object.__setattr__(self, "bytes_before", self.original.nbytes)
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """Weakest guarantee of the passes."""
+        return Outcome(self.program, self.reports).guarantee
+
+    def summary(self) -> str:
+        """Per pass: sites taken and skipped (with reasons), bytes, errors; totals and true bits per weight."""
+        from .summary import summary_text
+
+        return summary_text(self.program, self.reports, self.bytes_before)
+
+    def module(self, *, decoded: bool = False) -> nn.Module:
+        """The compressed graph as an nn.Module with the model's own signature.
+
+        Compressed sites decode on every call; `decoded=True` decodes once instead: faster, and as large in memory as the dense model.
+        """
+        module: nn.Module = self.lower("reference").graph_module if decoded else self.program.graph_module
+        return module
+
+    def attach(self, model: nn.Module, *, keep_decoded: bool = False) -> nn.Module:
+        """A copy of the user's own module with compressed sites swapped in, so that its other methods (HF `generate`) run on them."""
+        from .attach import attach
+
+        return attach(model, self._original("attach"), self.program, keep_decoded=keep_decoded)
+
+    def export_onnx(self, path: str | Path, *, opset: int | None = None, external_data: bool | None = None, progress: bool = False) -> OnnxReport:
+        """Write a checked ONNX file with real low-bit weights; see `docs/onnx.md`."""
+        from ..codegen.onnx_target import export_onnx
+
+        return export_onnx(self.program, path, opset=opset, external_data=external_data, progress=progress)
+
+    def lower(self, target: str) -> Any:
+        """What a target makes of the program: `reference` gives a callable `Program` of plain operators, `onnx` an ONNX model in memory."""
+        from ..codegen import target_named
+
+        return target_named(target).lower(self.program).artifact
+
+    def diff(self) -> GraphDiff:
+        """What changed in the graph, by which pass, and why."""
+        from ..ir.diff import GraphDiff
+
+        return GraphDiff.from_journal(self._original("diff"), self.program)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the artefact folder: safetensors, JSON manifest with graph, journal, reports and recipe; no pickle."""
+        from .artifact import save
+
+        return save(folder, self.program, reports=self.reports, recipe=self.recipe, bytes_before=self.bytes_before)
+
+    def _original(self, what: str) -> Program:
+        if self.original is None:
+            raise ArtifactError(f"{what} needs the original program, which a loaded artefact does not hold; call it on the Result of fxpress.optimize")
+        return self.original
