@@ -52,17 +52,17 @@ def _export(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> torch
             warnings.simplefilter("ignore")
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
-        raise CaptureError(_advice(model, error)) from error
+        raise CaptureError(_advice(type(model).__name__, error)) from error
     finally:
         for module, training in modes.items():
             module.training = training
 
 
-def _advice(model: nn.Module, error: Exception) -> str:
+def _advice(what: str, error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = " ".join(lines[:3]) or type(error).__name__
     return (
-        f"torch.export cannot capture {type(model).__name__}: {type(error).__name__}: {first[:400].rstrip('.')}. "
+        f"torch.export cannot capture {what}: {type(error).__name__}: {first[:400].rstrip('.')}. "
         "Usual ways out: wrap the model so that forward() takes and returns tensors only; replace Python branches on tensor values by torch.where "
         "or torch.cond; for Hugging Face models pass attention_mask and use_cache=False; declare varying sizes in dynamic_shapes, "
         "with example sizes of 2 or more on those axes. The full message is attached as the cause."
@@ -71,9 +71,12 @@ def _advice(model: nn.Module, error: Exception) -> str:
 
 def _program(exported: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any) -> Program:
     ranges = dict(exported.range_constraints)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        unlifted = exported.run_decompositions({}).module(check_guards=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            unlifted = exported.run_decompositions({}).module(check_guards=False)
+    except Exception as error:
+        raise CaptureError(_advice("the exported graph", error)) from error
     if not isinstance(unlifted, fx.GraphModule):
         raise CaptureError(f"unlifting gave a {type(unlifted).__name__}, expected a GraphModule; report this with your torch version")
     graph = unlifted.graph

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from .formats.base import name_payload, parse_format
 
-
 _reused: ContextVar[dict[int, Tensor] | None] = ContextVar("fxpress_reused_weights", default=None)
 
 

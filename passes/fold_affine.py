@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ir.edit import Editor
-from ..ir.nodes import argument, get_tensor, module_path
+from ..ir.nodes import argument, get_tensor, module_path, node_type
 from ..ir.program import Program
 from ..ir.sites import SiteKind, WeightSite
 from .base import Decision, Guarantee, Pass, Plan, SiteResult, Skip
@@ -64,7 +64,7 @@ def _why_not(program: Program, norm: fx.Node, site: WeightSite | None) -> str | 
         return f"batch norm after {getattr(norm.args[0], 'name', 'a constant')}, which is no weight site"
     if site.kind not in (SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.LINEAR) or site.compressed:
         return f"cannot scale a {site.kind.value} weight in {site.format.to_spec()}; fold before quantizing"
-    if site.kind is SiteKind.LINEAR and len(site.node.meta["val"].shape) != 2:
+    if site.kind is SiteKind.LINEAR and _rank(site.node) != 2:
         return "batch norm over another axis than the linear's outputs"
     if len(site.node.users) != 1:
         return f"its output is also used by {', '.join(u.name for u in site.node.users if u is not norm)}"
@@ -75,6 +75,11 @@ def _why_not(program: Program, norm: fx.Node, site: WeightSite | None) -> str | 
     if any(u.args[1] != 0 and u.users for u in norm.users if u.target.__name__ == "getitem"):  # type: ignore[union-attr]
         return "the batch norm's statistics are used elsewhere"
     return None
+
+
+def _rank(node: fx.Node) -> int:
+    found = node_type(node)
+    return len(found.shape) if found is not None else -1
 
 
 def _fold(editor: Editor, program: Program, site: WeightSite, norm: fx.Node) -> None:

@@ -8,6 +8,7 @@ permutation is stored. Weights that are exactly zero on entry stay exactly zero 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,6 +27,7 @@ from .quantizing import AffineQuantization
 from .ranges import RangeSearch, find_range
 
 BLOCK = 128
+SLICE_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,31 +61,24 @@ class QuantizeGptq(AffineQuantization):
         return Decision(site=site.name, action=base.action, bytes_before=base.bytes_before, bytes_after=base.bytes_after, flops=flops)
 
     def rewrite_site(self, editor: Editor, site: WeightSite, decision: Decision, statistics: Statistics | None, ctx: Context) -> SiteResult:
-        """Quantize each conv group (a linear has one) under its own Gram."""
+        """Quantize slices of rows, each under the Gram of its conv group (a linear has one group)."""
         assert statistics is not None and statistics.gram is not None
         matrix = site.matrix().float()
-        scale, zero = self._static_range(matrix, statistics.gram, site)
-        rows = site.rows // site.groups
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        whole = find_range(self.format, matrix, self.search) if self.format.sharing is Granularity.TENSOR else None
+        codes: list[Tensor] = []
+        scales: list[Tensor] = []
+        zeros: list[Tensor] = []
         error = power = 0.0
-        for group, gram in enumerate(statistics.gram):
-            part = slice(group * rows, (group + 1) * rows)
-            solver = self._solver(statistics, group, gram, site)
-            own = part if scale.shape[0] == site.rows else slice(None)
-            q, s, z = self._columns(matrix[part], solver, scale[own], zero[own])
-            parts.append((q, s, z))
-            delta = self.format.dequantize(q, s, z) - matrix[part]
-            error += float(((delta @ gram) * delta).sum())
-            power += float(((matrix[part] @ gram) * matrix[part]).sum())
-        codes, scales, zeros = zip(*parts, strict=True)
-        whole = self.format.sharing is Granularity.TENSOR
-        scale, zero = (scales[0], zeros[0]) if whole else (torch.cat(scales), torch.cat(zeros))
+        for group, rows in _row_slices(site):
+            gram, part = statistics.gram[group], matrix[rows]
+            scale, zero = whole or find_range(self.format, part, self.search, gram.diagonal().unsqueeze(0))
+            q, scale, zero = self._columns(part, self._solver(statistics, group, gram, site), scale, zero)
+            delta = self.format.dequantize(q, scale, zero) - part
+            error, power = error + float(((delta @ gram) * delta).sum()), power + float(((part @ gram) * part).sum())
+            codes, scales, zeros = [*codes, q], [*scales, scale], [*zeros, zero]
+        scale, zero = whole or (torch.cat(scales), torch.cat(zeros))
         facts = {"output_error": (error / max(power, 1e-30)) ** 0.5, "tokens": float(statistics.tokens)}
         return self.write(editor, site, matrix, torch.cat(codes), scale, zero, facts, f"GPTQ under {statistics.tokens:,} calibration rows")
-
-    def _static_range(self, matrix: Tensor, gram: Tensor, site: WeightSite) -> tuple[Tensor, Tensor]:
-        diagonal = gram.diagonal(dim1=1, dim2=2).repeat_interleave(site.rows // site.groups, 0)
-        return find_range(self.format, matrix, self.search, diagonal)
 
     def _solver(self, statistics: Statistics, group: int, gram: Tensor, site: WeightSite) -> _Solver:
         """Factor the Gram once for all sites that share it."""
@@ -115,6 +110,14 @@ class QuantizeGptq(AffineQuantization):
         out = torch.empty_like(codes)
         out[order] = codes
         return out.t().contiguous(), scale, zero
+
+
+def _row_slices(site: WeightSite) -> Iterator[tuple[int, slice]]:
+    """Conv group and rows of each slice; rows do not depend on each other, so a wide head is done in slices of bounded memory."""
+    rows, step = site.rows // site.groups, max(1, SLICE_ELEMENTS // site.columns)
+    for group in range(site.groups):
+        for start in range(group * rows, (group + 1) * rows, step):
+            yield group, slice(start, min(start + step, (group + 1) * rows))
 
 
 @dataclass(frozen=True)

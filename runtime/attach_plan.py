@@ -131,7 +131,10 @@ class _Planner:
         """The site's weight as the model's module stores it."""
         if old.node.target == new.node.target:
             return get_tensor(self.program, new.tensors[0])
-        return new.matrix().t() if old.transposed else new.matrix().reshape(new.shape)
+        matrix = new.matrix()
+        if old.transposed:
+            return matrix.t()
+        return matrix if new.transposed else matrix.reshape(new.shape)
 
     def _claim(self, name: str, tensor: Tensor, where: str, *, tied: bool = True) -> None:
         if name in self.dense and not same_values(self.dense[name], tensor):

@@ -88,4 +88,4 @@ def load(folder: str | Path) -> Result:
     from .artifact import load as load_artifact
 
     loaded = load_artifact(folder)
-    return Result(program=loaded.program, reports=loaded.reports, recipe=loaded.recipe, bytes_before=loaded.manifest.bytes_before)
+    return Result(program=loaded.program, reports=loaded.reports, recipe=loaded.recipe, bytes_before=loaded.manifest.bytes_before, notes=loaded.notes)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class Result:
     """A compressed program with everything one may want to do with it.
 
-    `original` is the program as captured; it is None after `load`, which does not store the uncompressed weights.
+    `original` is the program as captured; it is None after `load`, which does not store the uncompressed weights. `notes` say what
+    `load` could not bring back as it was.
     """
 
     program: Program
@@ -31,6 +32,7 @@ class Result:
     recipe: Recipe
     original: Program | None = None
     bytes_before: int = 0
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.original is not None and not self.bytes_before:

@@ -120,8 +120,10 @@ def fixed(*values: float) -> Program:
 
 @pytest.mark.parametrize(
     ("a", "b", "absolute", "relative"),
-    [((1.0, -4.0), (1.5, -4.0), 0.5, 0.125), ((math.nan, 1.0), (math.nan, 1.0), 0.0, 0.0), ((math.inf, 1.0), (math.inf, 1.0), 0.0, 0.0),
-     ((math.nan, 1.0), (2.0, 1.0), math.inf, math.inf), ((math.inf, 1.0), (-math.inf, 1.0), math.inf, math.inf), ((1.0, 1.0), (math.nan, 1.0), math.inf, math.inf),
+    [((1.0, -4.0), (1.5, -4.0), 0.5, 0.125),
+     ((math.nan, 1.0), (math.nan, 1.0), 0.0, 0.0), ((math.inf, 1.0), (math.inf, 1.0), 0.0, 0.0),
+     ((math.nan, 1.0), (2.0, 1.0), math.inf, math.inf), ((math.inf, 1.0), (-math.inf, 1.0), math.inf, math.inf),
+     ((1.0, 1.0), (math.nan, 1.0), math.inf, math.inf),
      ((0.0, 0.0), (0.0, 1.0), 1.0, math.inf)],
 )  # fmt: skip
 def test_parity_of_values_that_are_not_finite(a: tuple[float, float], b: tuple[float, float], absolute: float, relative: float) -> None:
