@@ -94,10 +94,8 @@ class Target(ABC, Generic[Artifact]):
 
 def class_in(module: ModuleType, base: type[Base]) -> type[Base] | None:
     """The concrete subclass of `base` that `module` (or a module below it) defines and exposes, or None."""
-    for value in vars(module).values():
-        if isinstance(value, type) and issubclass(value, base) and value.__module__.startswith(module.__name__) and not getattr(value, "__abstractmethods__", None):
-            return value
-    return None
+    classes = (v for v in vars(module).values() if isinstance(v, type) and issubclass(v, base) and v.__module__.startswith(module.__name__))
+    return next((c for c in classes if not getattr(c, "__abstractmethods__", None)), None)
 
 
 def fast_path(package: str, format_name: str, base: type[Base]) -> Base | None:

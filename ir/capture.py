@@ -82,7 +82,6 @@ def _program(exported: torch.export.ExportedProgram, args: tuple[Any, ...], kwar
     graph = unlifted.graph
     _drop_metadata_asserts(graph)
     _refuse_writes(graph)
-    graph.eliminate_dead_code()  # as every edit does: a pass that changes nothing leaves the printed program as it was
     dynamic = dynamic_axes(graph, args, kwargs, given, ranges)
     module = fx.GraphModule(_tensor_tree(unlifted, graph), graph, "Program")
     module.train(False)

@@ -59,6 +59,8 @@ def format_of(site: WeightSite) -> Affine:
 def _linear(slot: Slot) -> Form:
     """`x: [..., K] -> [..., N]`."""
     reason = why_not_fused(slot.site)
+    if any(t.kind is SiteKind.LINEAR for t in slot.tied):
+        reason = f"{len(slot.tied) + 1} sites share the weight, and ONNX Runtime fuses a weight with one reader only"
     if reason is None:
         weight, text, why = block_weight(slot)
         lifted = any(n.op_type in TAKES_LINEAR for n in slot.consumers)

@@ -27,11 +27,37 @@ def share_tied(model: onnx_ir.Model) -> None:
             ir.convenience.replace_all_uses_with(value, kept)
 
 
+def divide_by_roots(model: onnx_ir.Model) -> None:
+    """Write `x * Reciprocal(Sqrt(v))` as `x / Sqrt(v)`, the form in which ONNX Runtime knows an RMS norm and fuses it to one kernel."""
+    import onnx_ir as ir
+
+    for node in [n for n in model.graph if n.op_type == "Reciprocal"]:
+        inverse, root = node.outputs[0], node.inputs[0]
+        if root is None or (producer := root.producer()) is None or producer.op_type != "Sqrt":
+            continue
+        for product in [n for n in inverse.consumers() if n.op_type == "Mul" and n.inputs.count(inverse) == 1]:
+            other = product.inputs[0] if product.inputs[1] is inverse else product.inputs[1]
+            quotient = ir.node("Div", inputs=[other, root])
+            model.graph.insert_before(product, quotient)
+            _replace(model, product, quotient)
+
+
+def _replace(model: onnx_ir.Model, old: onnx_ir.Node, new: onnx_ir.Node) -> None:
+    """Let `new` produce what `old` produced, under its name and type."""
+    import onnx_ir as ir
+
+    before, after = old.outputs[0], new.outputs[0]
+    after.name, after.type, after.shape = before.name, before.type, before.shape
+    ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
+    model.graph.remove(old, safe=True)
+
+
 def clean_up(model: onnx_ir.Model) -> None:
     """Identities, repeated nodes, dead nodes, dead initializers, unused domains and the exporter's metadata."""
     from onnx_ir.passes import common
 
     common.InlinePass()(model)
+    divide_by_roots(model)
     common.IdentityEliminationPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.OutputFixPass()(model)

@@ -32,7 +32,8 @@ class DensePath(OnnxPath):
         kind = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16}[slot.site.dtype].value
         name = str(values.dtype).removeprefix("torch.")
         if slot.site.kind is SiteKind.EMBEDDING:
-            return Form(output=write.op("Cast", write.op("Gather", stored, slot.x, axis=0), to=kind), text=f"Gather[{name}] + Cast", why="casts only the gathered rows")
+            rows = write.op("Cast", write.op("Gather", stored, slot.x, axis=0), to=kind)
+            return Form(output=rows, text=f"Gather[{name}] + Cast", why="casts only the gathered rows")
         weight = write.op("Transpose", write.op("Cast", stored, to=kind), perm=[1, 0])
         output = write.op("MatMul", slot.x, weight)
         output = write.op("Add", output, slot.bias) if slot.bias is not None else output

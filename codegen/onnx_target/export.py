@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...ir.errors import ExportError
+from ...ir.nodes import node_type
 from ...ir.program import Program
+from ...passes.progress import spinner
 from ...runtime.files import atomic_file
 from ..target import LoweringReport
 from .check import Check, Checked, Mode, check_file
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 PROTOBUF_LIMIT = 1_900_000_000  # a protobuf message ends at 2 GiB
-GRAPH_BYTES_PER_NODE, GRAPH_BYTES = 320, 8192
+GRAPH_BYTES_PER_NODE, GRAPH_BYTES = 200, 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +75,12 @@ def export_onnx(
     """
     steps = _Steps(progress)
     exact = tolerance if tolerance is not None else _default_tolerance(program)
+    checked = Checked(checks=(), fused=0, notes=("not checked: check=False",))
     with atomic_file(Path(path)) as scratch:
         written = _write(Onnx(opset=opset), program, scratch, external_data, steps)
-        checked = Checked(checks=(), fused=0, notes=("unchecked",))
         if check:
-            checked = check_file(scratch, program, bounds={Mode.EXACT: exact, Mode.DEFAULT: fused_tolerance})
-        steps.done("check")
+            with steps.step("check", "checking the file with ONNX Runtime"):
+                checked = check_file(scratch, program, bounds={Mode.EXACT: exact, Mode.DEFAULT: fused_tolerance})
     return OnnxReport(
         lowering=written.lowering,
         path=str(path),
@@ -90,6 +94,22 @@ def export_onnx(
     )
 
 
+class _Steps:
+    """Times the steps, and names them at the terminal when progress is shown."""
+
+    def __init__(self, progress: bool) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    @contextmanager
+    def step(self, name: str, label: str) -> Iterator[None]:
+        """Time what happens inside as `name`."""
+        start = time.perf_counter()
+        with spinner(label, enabled=self._progress):
+            yield
+        self.seconds[name] = time.perf_counter() - start
+
+
 @dataclass(frozen=True)
 class _Written:
     lowering: LoweringReport
@@ -100,29 +120,15 @@ class _Written:
 
 def _write(target: Onnx, program: Program, path: Path, external_data: bool | None, steps: _Steps) -> _Written:
     """Lower and write; the model in memory is gone before the file is checked."""
-    lowered = target.lower(program)
-    steps.done("lower")
+    with steps.step("lower", "lowering to ONNX"):
+        lowered = target.lower(program)
     model, nbytes = lowered.artifact, lowered.report.nbytes
     external = nbytes > PROTOBUF_LIMIT if external_data is None else external_data
-    _save(model, path, external)
+    with steps.step("write", f"writing {path.name}"):
+        _save(model, path, external)
     file_bytes = sum(f.stat().st_size for f in path.parent.iterdir())
     _check_size(file_bytes, nbytes, len(model.graph))
-    steps.done("write")
     return _Written(lowered.report, model.opset_imports[""], file_bytes, external)
-
-
-class _Steps:
-    """Times the steps, and names them on standard error when progress is shown."""
-
-    def __init__(self, progress: bool) -> None:
-        self.seconds: dict[str, float] = {}
-        self._progress = progress
-        self._start = time.perf_counter()
-
-    def done(self, step: str) -> None:
-        """Note that `step` is over."""
-        now = time.perf_counter()
-        self.seconds[step], self._start = now - self._start, now
 
 
 def _save(model: onnx_ir.Model, path: Path, external: bool) -> None:
@@ -145,8 +151,8 @@ def _check_size(file_bytes: int, nbytes: int, nodes: int) -> None:
 
 
 def _default_tolerance(program: Program) -> float:
-    half = any(t.dtype is torch.float16 for t in program.graph_module.parameters())
-    return 2e-2 if half else 1e-4
+    types = (node_type(n) for n in program.graph.nodes)
+    return 2e-2 if any(t is not None and t.dtype is torch.float16 for t in types) else 1e-4
 
 
 def _fusion_note(report: LoweringReport, checked: Checked) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from .cleanup import clean_up, initializer_bytes, share_tied
 from .extras import require
 from .path import LOWEST_OPSET, OnnxPath, Slot
 from .signature import apply_signature
-from .skeleton import DOMAIN, export_skeleton
+from .skeleton import DOMAIN, WHY, export_skeleton
 from .writer import Writer
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Onnx(Target["onnx_ir.Model"]):
 
     def lower(self, program: Program) -> Lowered[onnx_ir.Model]:
         """An `onnx_ir.Model` whose initializers are the stored low-bit tensors; nothing is written to disk."""
-        helper = require("onnx", "exporting to ONNX").helper
+        helper = require("onnx", WHY).helper
         _refuse_bfloat16(program)
         refused = {s.name: r.reason for s in program.sites() if s.compressed and isinstance(r := self.supports(s), No)}
         formats = {s.name: s.format.to_spec() for s in program.sites()}
@@ -48,8 +48,8 @@ class Onnx(Target["onnx_ir.Model"]):
         model = export_skeleton(decoded, opset)
         share_tied(model)
         rows = _fill(model, decoded, opset) | _dense_rows(decoded, formats, refused)
-        apply_signature(decoded, model)
         clean_up(model)
+        apply_signature(decoded, model)
         model.ir_version = helper.find_min_ir_version_for([helper.make_opsetid("", opset)])
         return Lowered(model, LoweringReport(target=self.name, sites=tuple(rows[n] for n in formats), nbytes=initializer_bytes(model)))
 
@@ -95,7 +95,7 @@ def _fill(model: onnx_ir.Model, program: Program, opset: int) -> dict[str, SiteL
         assert path is not None and data is not None
         writer.place, before = node, writer.written
         old = node.outputs[0]
-        form = path.emit(Slot(site, data, node.inputs[1] if len(node.inputs) > 1 else None, tuple(old.consumers()), writer))
+        form = path.emit(Slot(site, data, node.inputs[1] if len(node.inputs) > 1 else None, tuple(old.consumers()), tuple(sites[t] for t in site.tied), writer))
         form.output.name, form.output.type, form.output.shape = old.name, old.type, old.shape
         ir.convenience.replace_all_uses_with(old, form.output, replace_graph_outputs=True)
         model.graph.remove(node, safe=True)

@@ -21,12 +21,16 @@ LOWEST_OPSET = 21
 
 @dataclass(frozen=True)
 class Slot:
-    """The place in the ONNX graph that a compressed site takes: `x` is its data (ids for an embedding), `bias` its bias if any, `consumers` read its output."""
+    """The place in the ONNX graph that a compressed site takes.
+
+    `x` is its data (ids for an embedding), `bias` its bias if any, `consumers` read its output, `tied` are the other sites with the same payload.
+    """
 
     site: WeightSite
     x: onnx_ir.Value
     bias: onnx_ir.Value | None
     consumers: tuple[onnx_ir.Node, ...]
+    tied: tuple[WeightSite, ...]
     writer: Writer
 
     def option(self, name: str) -> Any:

@@ -19,7 +19,7 @@ def input_names(program: Program) -> list[tuple[int, str]]:
     """(leaf index, name) of every tensor input: the keyword it is passed by, else the placeholder's name."""
     placeholders = [str(n.target) for n in program.graph.nodes if n.op == "placeholder"]
     first = len(pytree.tree_leaves(program.inputs.args))
-    keys = {}
+    keys: dict[int, str] = {}
     for key, value in program.inputs.kwargs.items():
         count = len(pytree.tree_leaves(value))
         keys |= {first: key} if count == 1 else {}
@@ -34,7 +34,9 @@ def output_names(program: Program) -> list[tuple[int, str]]:
     spec = program.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
     paths = ["_".join(p) or "output" for p in _paths(spec)] if spec is not None else ["output"]
     flat = list(leaves) if isinstance(leaves, (tuple, list)) else [leaves]
-    return [(i, f"output_{p}" if p[0].isdigit() else p) for i, (leaf, p) in enumerate(zip(flat, paths, strict=True)) if isinstance(leaf, fx.Node)]
+    taken = {name for _, name in input_names(program)}
+    named = [(i, f"output_{p}" if p[0].isdigit() else p) for i, (leaf, p) in enumerate(zip(flat, paths, strict=True)) if isinstance(leaf, fx.Node)]
+    return [(i, f"{name}_out" if name in taken else name) for i, name in named]
 
 
 def _paths(spec: pytree.TreeSpec) -> Iterator[tuple[str, ...]]:

@@ -14,15 +14,13 @@ from ...ir.edit import Editor
 from ...ir.errors import LowerError
 from ...ir.program import Program
 from .extras import quiet, require
+from .translations import SYNONYMS, translations
 
 if TYPE_CHECKING:
     import onnx_ir
 
 DOMAIN = "fxpress"
-aten = torch.ops.aten
-
-# Operators that torch.onnx knows only under another name.
-SYNONYMS = {aten.__and__.Tensor: aten.bitwise_and.Tensor, aten.__or__.Tensor: aten.bitwise_or.Tensor, aten.__xor__.Tensor: aten.bitwise_xor.Tensor}
+WHY = "exporting to ONNX"
 
 
 def export_skeleton(program: Program, opset: int) -> onnx_ir.Model:
@@ -30,12 +28,12 @@ def export_skeleton(program: Program, opset: int) -> onnx_ir.Model:
     empty = _emptied(program)
     with quiet():
         exported = empty.to_exported()
-        table = _translations()
-        exported.run_decompositions = lambda *_: exported  # type: ignore[method-assign]
+        table = _sites() | translations(exported.graph, require("onnxscript", WHY).values.Opset("", opset), opset)
+        exported.run_decompositions = lambda *_: exported
         try:
             return _export(exported, opset, table)
         except torch.onnx.OnnxExporterError:
-            del exported.run_decompositions  # type: ignore[method-assign]
+            del exported.run_decompositions
         try:
             return _export(exported, opset, table)
         except torch.onnx.OnnxExporterError as error:
@@ -46,7 +44,7 @@ def export_skeleton(program: Program, opset: int) -> onnx_ir.Model:
 
 
 def _emptied(program: Program) -> Program:
-    """A clone whose compressed sites hold no payload but their name, in place of the format."""
+    """A clone whose compressed sites hold no payload but their name, in place of the format, and whose operators translate well."""
     clone = program.clone()
     with Editor(clone, "onnx"):
         for site in clone.sites():
@@ -65,10 +63,9 @@ def _export(exported: torch.export.ExportedProgram, opset: int, table: dict[Any,
     return done.model
 
 
-def _translations() -> dict[Any, Any]:
+def _sites() -> dict[Any, Any]:
     """Translations of the fxpress operators to the placeholder node."""
-    onnx = require("onnx", "exporting to ONNX")
-    values = require("onnxscript", "exporting to ONNX").values
+    onnx, values = require("onnx", WHY), require("onnxscript", WHY).values
     schema_of = onnx.defs.OpSchema
     parameter, optional = schema_of.FormalParameter, schema_of.FormalParameterOption.Optional
     anything = [f"tensor({t})" for t in ("float", "float16", "double", "int32", "int64")]

@@ -42,7 +42,7 @@ class Writer:
         return self._stored[key]
 
     def integers(self, name: str, codes: Tensor, bits: int, signed: bool, key: Any) -> onnx_ir.Value:
-        """Store `codes: uint8, any shape` (negative ones modulo `2^bits`) as an ONNX tensor of 2, 4 or 8 bits, packed low bits first over the flattened tensor."""
+        """Store `codes: uint8, any shape` (negative ones modulo `2^bits`) as 2, 4 or 8-bit integers, packed low bits first over the flattened tensor."""
         import onnx_ir as ir
 
         if key not in self._stored:
