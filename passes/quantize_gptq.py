@@ -95,17 +95,19 @@ class QuantizeGptq(AffineQuantization):
         weights = matrix[:, order].t().contiguous()  # [K, N]: a column of the weight is a contiguous row here
         removed = weights == 0
         codes = torch.empty_like(weights, dtype=torch.uint8)
-        group_of = order // self.format.group_width(matrix.shape[1])
+        width = self.format.group_width(matrix.shape[1])
+        group_of = order // width
         scale, zero = scale.clone(), zero.clone()
         for start in range(0, len(order), BLOCK):
             stop = min(start + BLOCK, len(order))
             errors = torch.empty(stop - start, matrix.shape[0])
             for i in range(start, stop):
-                g = int(group_of[i])
-                if not static and i % self.format.group_width(matrix.shape[1]) == 0:
-                    _refresh(self.format, self.search, weights, scale, zero, i, g)
-                codes[i], errors[i - start] = _quantize_column(self.format, weights[i], removed[i], scale[:, g], zero[:, g], float(upper[i, i]))
-                weights[i + 1 : stop].addr_(upper[i, i + 1 : stop], errors[i - start], alpha=-1.0)
+                g, done = int(group_of[i]), errors[: i - start]
+                if not static and i % width == 0:
+                    ahead = weights[i : i + width] - upper[start:i, i : i + width].t() @ done
+                    scale[:, g : g + 1], zero[:, g : g + 1] = find_range(self.format, ahead.t().contiguous(), self.search)
+                column = torch.addmv(weights[i], done.t(), upper[start:i, i], alpha=-1.0)  # what this block's earlier columns push onto it
+                codes[i], errors[i - start] = _quantize_column(self.format, column, removed[i], scale[:, g], zero[:, g], float(upper[i, i]))
             weights[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1.0)
         out = torch.empty_like(codes)
         out[order] = codes
@@ -153,9 +155,3 @@ def _quantize_column(fmt: Affine, column: Tensor, removed: Tensor, scale: Tensor
     if fmt.bits > 1 or not fmt.symmetric:
         code = torch.where(removed, zero.expand_as(code), code)
     return code.to(torch.uint8), (column - (code - zero) * scale).div_(pivot)
-
-
-def _refresh(fmt: Affine, search: RangeSearch, weights: Tensor, scale: Tensor, zero: Tensor, start: int, group: int) -> None:
-    """Refit the range of the group that begins at column `start` to its current, error-compensated weights."""
-    width = fmt.group_width(weights.shape[0])
-    scale[:, group : group + 1], zero[:, group : group + 1] = find_range(fmt, weights[start : start + width].t().contiguous(), search)
