@@ -82,6 +82,7 @@ def _program(exported: torch.export.ExportedProgram, args: tuple[Any, ...], kwar
     graph = unlifted.graph
     _drop_metadata_asserts(graph)
     _refuse_writes(graph)
+    graph.eliminate_dead_code()  # reads of tied names and counters that nothing uses
     dynamic = dynamic_axes(graph, args, kwargs, given, ranges)
     module = fx.GraphModule(_tensor_tree(unlifted, graph), graph, "Program")
     module.train(False)

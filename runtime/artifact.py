@@ -22,13 +22,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from ..ir.errors import ArtifactError, FxpressError
+from ..ir.files import atomic_folder
 from ..ir.inputs import DynamicAxis, Inputs
 from ..ir.journal import Change, Journal
 from ..ir.program import Program, Stage
 from ..ir.weights import named_tensors, set_tensor
 from ..passes.base import PassReport
 from ..passes.recipe import Recipe, as_recipe
-from .files import atomic_folder
 from .graph_json import graph_from_json, graph_to_json
 from .json_values import decode, encode
 from .manifest import FILES, MANIFEST, Manifest, check_file, dump_json, environment, file_record, fxpress_version, parse_json

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ir.errors import AssetError
-from .files import atomic_folder
+from ..ir.files import atomic_folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ class AffinePath(OnnxPath):
     def opset(self, site: WeightSite) -> int:
         """2-bit integers came with opset 25."""
         fused = site.kind is SiteKind.LINEAR and why_not_fused(site) is None
-        return TWO_BIT_OPSET if fused and format_of(site).bits <= 2 else LOWEST_OPSET
+        return TWO_BIT_OPSET if fused and fused_blocks(site, TWO_BIT_OPSET).bits == 2 else LOWEST_OPSET
 
     def emit(self, slot: Slot) -> Form:
         """Write the form that suits the site's kind."""

@@ -126,7 +126,7 @@ def _expected(program: Program, result: Any) -> dict[str, Array]:
 def _session(ort: Any, path: Path, mode: Mode) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.enable_cpu_mem_arena = False
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # give memory back between nodes and runs
     if mode is Mode.EXACT:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     else:

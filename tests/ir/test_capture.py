@@ -33,6 +33,7 @@ def test_bit_equal_to_the_model(name: str, zoo: Callable[[str], TinyModel], capt
     tiny, program = zoo(name), captured(name)
     program.verify()
     assert program.stage is Stage.CAPTURED
+    assert all(n.users for n in program.graph.nodes if n.op == "get_attr")
     assert_same(program.run_examples(), run(tiny.model, tiny.call))
 
 

@@ -155,6 +155,21 @@ def test_a_group_of_48_stores_each_scale_once(tmp_path: Path) -> None:
     assert "blocks of 16" in report.lowering.sites[0].why
 
 
+@pytest.mark.parametrize(
+    ("bits", "group_size", "kind", "block"),
+    [(2, 16, "UINT4", 16), (2, 48, "UINT4", 16), (2, 32, "UINT2", 32), (2, 256, "UINT2", 128), (4, 512, "UINT4", 256), (8, 1024, "UINT8", None)],
+)
+def test_blocks_are_those_with_fast_kernels(tmp_path: Path, bits: int, group_size: int, kind: str, block: int | None) -> None:
+    report, model = export(compressed(nn.Linear(1024, 8), torch.randn(3, 1024), [Affine(bits=bits, group_size=group_size)]), tmp_path)
+    (dequantize,) = (n for n in model.graph.node if n.op_type == "DequantizeLinear")
+    assert next((a.i for a in dequantize.attribute if a.name == "block_size"), None) == block
+    codes = next(t for t in model.graph.initializer if t.name == dequantize.input[0])
+    assert codes.data_type == getattr(onnx.TensorProto, kind)
+    assert report.fused == 1
+    assert report.max_error < 1e-6
+    assert report.fused_error < 3e-2
+
+
 def test_two_bits_get_padding_columns_for_onnx_runtime(tmp_path: Path) -> None:
     report, model = export(compressed(nn.Linear(64, 10), torch.randn(3, 64), [Affine(bits=2, group_size=32)]), tmp_path)
     assert list(next(t for t in model.graph.initializer if t.name.endswith("codes")).dims) == [64, 12]

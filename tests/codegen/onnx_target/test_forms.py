@@ -112,3 +112,10 @@ def test_external_data_and_dynamic_axes(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
     assert report.external_data and len({tuple(c.sizes.values()) for c in report.checks}) == 2
     assert onnx.load(tmp_path / "m.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_the_report_reads_as_text_with_one_line_per_form(tmp_path: Path) -> None:
+    _, report = export(Wide(), "quantize_rtn{bits=4,group_size=64}", tmp_path / "m.onnx", torch.randn(3, 256))
+    text = str(report)
+    assert "2 x affine{bits=4,group_size=64} -> DequantizeLinear" in text and "up, down" in text
+    assert f"{report.file_bytes / 1e6:.2f} MB on disk" in text and "2 MatMulNBits nodes" in text
