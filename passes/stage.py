@@ -18,6 +18,7 @@ from .base import Decision, Need, Plan, SitePass, SiteResult
 from .calibrate import CalibrationWalk, Statistics, site_groups
 from .checkpoint import EditRecord, GroupRecord
 from .context import Context
+from .threads import one_thread
 
 
 class _RecordingEditor(Editor):
@@ -91,7 +92,8 @@ class _Stage:
 
     def _apply(self, one: SitePass, editor: Editor, site: WeightSite, number: int, statistics: Statistics | None) -> SiteResult:
         previous, began = site.node.prev, time.perf_counter()
-        result = one.rewrite_site(editor, site, self.decisions[number][site.name], statistics, self.ctx)
+        with one_thread():
+            result = one.rewrite_site(editor, site, self.decisions[number][site.name], statistics, self.ctx)
         self._resume_walk(previous)
         self.seconds[number] += time.perf_counter() - began
         return result
