@@ -13,7 +13,7 @@ from ...ir.program import Program
 from ...ir.sites import WeightSite
 from ..reference import decode_sites
 from ..target import Lowered, LoweringReport, No, SiteLowering, Support, Target, fast_path
-from .cleanup import clean_up, initializer_bytes, share_tied
+from .cleanup import clean_up, initializer_bytes
 from .extras import require
 from .path import LOWEST_OPSET, OnnxPath, Slot
 from .signature import apply_signature
@@ -46,7 +46,6 @@ class Onnx(Target["onnx_ir.Model"]):
         decoded = _decoded(program, set(refused)) if refused else program
         opset = self._opset(decoded)
         model = export_skeleton(decoded, opset)
-        share_tied(model)
         rows = _fill(model, decoded, opset) | _dense_rows(decoded, formats, refused)
         clean_up(model)
         apply_signature(decoded, model)
