@@ -44,10 +44,15 @@ class Result:
         return Outcome(self.program, self.reports).guarantee
 
     def summary(self) -> str:
-        """Per pass: sites taken and skipped (with reasons), bytes, errors; totals and true bits per weight."""
+        """Per pass: sites taken and skipped (with reasons), bytes, errors; totals, true bits per weight, and the outputs' error on the example inputs."""
+        from .measure import parity
         from .summary import summary_text
 
-        return summary_text(self.program, self.reports, self.bytes_before)
+        text = summary_text(self.program, self.reports, self.bytes_before)
+        if self.original is None:
+            return text
+        found = parity(self.original, self.program)
+        return f"{text}outputs on the example inputs: largest error {found.max_rel_error:.2e} of the largest output (guarantee: {self.guarantee.value})\n"
 
     def module(self, *, decoded: bool = False) -> nn.Module:
         """The compressed graph as an nn.Module with the model's own signature.

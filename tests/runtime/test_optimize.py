@@ -38,7 +38,7 @@ def test_one_call_from_model_to_result(zoo: Zoo, name: str, tmp_path: Path) -> N
     assert result.original is not None and result.original.nbytes > result.program.nbytes
     assert result.guarantee is Guarantee.CALIBRATED
     summary = result.summary()
-    assert "quantize_rtn" in summary and "bits per weight" in summary
+    assert "quantize_rtn" in summary and "bits per weight" in summary and "outputs on the example inputs" in summary
     assert not result.diff().is_empty
     result.save(tmp_path / "artifact")
     again = fxpress.load(tmp_path / "artifact")
