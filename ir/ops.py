@@ -3,6 +3,8 @@
 A compressed site is one node `fxpress::linear | conv | embedding`. Its format is a text spec in the arguments, so it can be read in the
 printed graph, re-exported, saved and lowered. `shape` is the weight's shape as the plain op takes it (linear `[N, K]`, conv
 `[O, I/groups, *kernel]`, embedding `[V, D]`); the payload stores the matrix `[N, K]` of `WeightSite.to_matrix`.
+
+Gradients flow to the data and the bias, never to the payload: training runs through compressed sites and leaves them as they are.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +59,24 @@ def _(x: Tensor, payload: Sequence[Tensor], bias: Tensor | None, weight_format: 
     return x.new_empty([*x.shape[:-1], shape[0]])
 
 
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep `x` and the payload for the way back; the rest are plain values."""
+    x, payload, _, *ctx.rest = inputs
+    ctx.save_for_backward(x, *payload)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, *payload = ctx.saved_tensors
+    weight_format, shape = ctx.rest
+    weight = decode_weight(payload, weight_format, shape, x.dtype)
+    to_x = (grad.to(x.dtype) @ weight) if ctx.needs_input_grad[0] else None
+    to_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
+    return to_x, [None] * len(payload), to_bias, None, None
+
+
+linear.register_autograd(_linear_backward, setup_context=_keep)
+
+
 @torch.library.custom_op("fxpress::conv", mutates_args=())
 def conv(
     x: Tensor,
@@ -85,6 +106,21 @@ def _(
     groups: int,
 ) -> Tensor:
     return _plain_conv(x, x.new_empty(list(shape)), bias, stride, padding, dilation, groups)
+
+
+def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, *payload = ctx.saved_tensors
+    weight_format, shape, stride, padding, dilation, groups = ctx.rest
+    weight = decode_weight(payload, weight_format, shape, x.dtype)
+    to_x = None
+    if ctx.needs_input_grad[0]:
+        geometry = (list(stride), list(padding), list(dilation), False, [0] * len(stride), groups)
+        to_x = torch.ops.aten.convolution_backward(grad.to(x.dtype), x, weight, None, *geometry, [True, False, False])[0]
+    to_bias = grad.sum([0, *range(2, grad.dim())]) if ctx.needs_input_grad[2] else None
+    return (to_x, [None] * len(payload), to_bias, *[None] * 6)
+
+
+conv.register_autograd(_conv_backward, setup_context=_keep)
 
 
 def _plain_conv(x: Tensor, w: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Tensor:

@@ -61,6 +61,19 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
+@pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("embedding")])
+def test_gradients_reach_data_and_bias_but_not_the_payload(name: str) -> None:
+    operator, (x, payload, bias, *rest) = CASES[name]
+    found = []
+    for run in (operator, lambda *args: plain(name, args)):
+        inputs = [t.clone().requires_grad_() for t in (x, bias) if t is not None]
+        output = run(inputs[0], payload, inputs[1] if bias is not None else None, *rest)
+        (output * randn(*output.shape, seed=1)).sum().backward()
+        found.append([t.grad for t in inputs])
+    torch.testing.assert_close(*found)
+    assert all(t.grad is None for t in payload)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_fake_shape_and_type(name: str) -> None:
     operator, args = CASES[name]
