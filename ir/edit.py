@@ -13,12 +13,14 @@ from torch import Tensor, fx
 from torch.fx.traceback import NodeSource, NodeSourceAction
 from typing_extensions import Self
 
+from .axes import AxisAnalysis, AxisClass
 from .errors import EditError
 from .formats.base import WeightFormat
 from .formats.dense import Dense
 from .journal import Action, Change, NodeRecord
 from .nodes import argument, get_tensor, module_path, node_type, op_name
 from .program import Program, Stage
+from .resize import changed_tensors, checked_choice, readers, resize
 from .sites import SiteKind, WeightSite, find_sites
 from .weights import alias_classes, delete_tensor, named_tensors, set_tensor
 
@@ -55,6 +57,33 @@ class Editor:
             if get_tensor(self._module, alias).shape != old.shape:
                 raise EditError(f"{name} {list(old.shape)} is a view into storage that {alias} also uses; clone one of them before capture")
             set_tensor(self._module, alias, tensor, parameter=isinstance(old, torch.nn.Parameter))
+
+    def resize_axis(self, analysis: AxisAnalysis, kept: Mapping[AxisClass, Tensor], why: str) -> None:
+        """Keep only the given indices (`[kept] int64`, in their new order) of each class, everywhere it occurs; see `resize`.
+
+        `analysis` must be of this program as it stands, and is spent afterwards. Every node that reads a changed tensor is journalled as retyped.
+        """
+        choice = checked_choice(analysis, kept)
+        aliases = alias_classes(self._module)
+        names = {alias for name in changed_tensors(analysis, choice) for alias in aliases.of(name)}
+        sites = {s.node: s for s in find_sites(self.program)}
+        before = {n: record(n, sites.get(n)) for n in readers(self.program.graph, names)}
+        resize(self, analysis, choice)
+        sites = {s.node: s for s in find_sites(self.program)}
+        for node, old in before.items():
+            self._journal(Action.RETYPED, why, old, record(node, sites.get(node)))
+
+    def reweight(
+        self, node: fx.Node, tensors: Mapping[str, Tensor], why: str, facts: Mapping[str, float] | None = None, site: WeightSite | None = None
+    ) -> None:
+        """Give tensors that `node` reads new values, under all their tied names, and journal it at this node; `site` is the node's, if it is one."""
+        before = record(node, site)
+        for name, tensor in tensors.items():
+            old = get_tensor(self._module, name)
+            if (tensor.shape, tensor.dtype) != (old.shape, old.dtype):
+                raise EditError(f"reweight of {name}: expected {old.dtype} {list(old.shape)}, got {tensor.dtype} {list(tensor.shape)}")
+            self.set_tensor(name, tensor)
+        self._journal(Action.REWEIGHTED, why, before, record(node, site), facts)
 
     def untie(self, site: WeightSite) -> WeightSite:
         """Give the site a weight of its own, so that later edits leave the sites tied to it alone; returns the site as it stands then."""

@@ -35,6 +35,10 @@ class CalibrationError(FxpressError):
     """Calibration data is missing, empty, of the wrong shape, or not finite."""
 
 
+class TrainingError(FxpressError):
+    """Training data, targets or losses are missing, do not fit the model, or are not finite."""
+
+
 class LowerError(FxpressError):
     """A target cannot lower the program."""
 

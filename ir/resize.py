@@ -1,0 +1,122 @@
+"""Really remove indices of axis classes: weights, statistics, buffers and the shape constants of the graph, then check every shape against the plan.
+
+Editing weights alone can be silently wrong: a head removed from an OPT layer under an unchanged `view(.., heads, dim)` moves data into the sequence axis.
+Here every constant that follows a class is rewritten, shapes are propagated anew, and each node's shape must be the one the axes predict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from .atoms import leaves, size_of
+from .axes import AxisAnalysis, AxisClass, Choice, Constant, hint, kept_positions, kept_size
+from .errors import EditError
+from .nodes import argument, get_tensor, op_name
+from .shapes import propagate
+
+if TYPE_CHECKING:
+    from .edit import Editor
+
+_TRANSPOSES = {torch.ops.aten.transpose.int, torch.ops.aten.permute.default}
+
+
+def checked_choice(analysis: AxisAnalysis, kept: Mapping[AxisClass, Tensor]) -> dict[Any, Tensor]:
+    """The choice by atom; `EditError` for pinned classes, classes of another analysis, and indices that are missing, repeated or out of range."""
+    known = {c.atom for c in analysis.classes}
+    for one, indices in kept.items():
+        if one.atom not in known:
+            raise EditError(f"resize {one.name}: the class belongs to another analysis; analyze the program as it stands now")
+        if one.pinned:
+            raise EditError(f"resize {one.name}: it is pinned ({one.pinned[0]}), nothing can be removed from it")
+        values = indices.tolist()
+        if not values or len(set(values)) != len(values) or min(values) < 0 or max(values) >= one.size:
+            raise EditError(f"resize {one.name}: expected at least one of its {one.size} indices, each once, got {values[:8]}")
+    return {one.atom: indices.to(torch.int64).cpu() for one, indices in kept.items()}
+
+
+def resize(editor: Editor, analysis: AxisAnalysis, choice: Choice) -> None:
+    """Carry out a checked choice on the editor's program, which is the one `analysis` was made of."""
+    _check_same(editor, analysis)
+    for name in changed_tensors(analysis, choice):
+        tensor = get_tensor(editor.program.graph_module, name).detach()
+        for dim, axis in enumerate(analysis.tensors[name]):
+            if any(leaf in choice for leaf in leaves(axis)):
+                tensor = tensor.index_select(dim, kept_positions(axis, choice).to(tensor.device))
+        editor.set_tensor(name, tensor.contiguous())
+    _rewrite_splits(analysis, choice)
+    for constant in analysis.constants:
+        _rewrite(constant, choice)
+    for node, axis in analysis.scales:
+        if kept_size(axis, choice) != size_of(axis) and argument(node, "scale") is None:
+            node.kwargs = {**node.kwargs, "scale": size_of(axis) ** -0.5}
+    _relax_views(editor.program.graph)
+    propagate(editor.program)
+    _check_shapes(analysis, choice)
+
+
+def changed_tensors(analysis: AxisAnalysis, choice: Choice) -> list[str]:
+    """Names of the tensors that hold a chosen class, in the order of the analysis."""
+    held = {o.tensor for c in analysis.classes if c.atom in choice for o in c.occurrences}
+    return [name for name in analysis.tensors if name in held]
+
+
+def _check_same(editor: Editor, analysis: AxisAnalysis) -> None:
+    if analysis.program is not editor.program:
+        raise EditError("resize: the analysis was made of another program; analyze the one being edited")
+
+
+def _rewrite(constant: Constant, choice: Choice) -> None:
+    """Set the int to the new size when it changed."""
+    old, new = sum(map(size_of, constant.axes)), sum(kept_size(a, choice) for a in constant.axes)
+    if old == new:
+        return
+    where, *inside = constant.path
+    if isinstance(where, str):
+        constant.node.kwargs = {**constant.node.kwargs, where: _replaced(constant.node.kwargs[where], inside, new)}
+    else:
+        args = list(constant.node.args)
+        args[where] = _replaced(args[where], inside, new)
+        constant.node.args = tuple(args)
+
+
+def _replaced(value: Any, path: list[int | str], new: int) -> Any:
+    if not path:
+        return new
+    items = list(value)
+    items[path[0]] = new  # type: ignore[index]
+    return items
+
+
+def _rewrite_splits(analysis: AxisAnalysis, choice: Choice) -> None:
+    """Cuts whose parts changed name every part's size from now on."""
+    for node, parts in analysis.splits:
+        sizes = [kept_size(p, choice) for p in parts]
+        if sizes != [size_of(p) for p in parts]:
+            dim = int(argument(node, "dim"))
+            node.target, node.args, node.kwargs = torch.ops.aten.split_with_sizes.default, (node.args[0], sizes, dim), {}
+
+
+def _relax_views(graph: fx.Graph) -> None:
+    """A view of a transposed tensor may only hold for the old sizes (attention kernels of unequal head sizes lay their output out differently)."""
+    for node in graph.nodes:
+        source = node.args[0] if node.args else None
+        if node.target is torch.ops.aten.view.default and isinstance(source, fx.Node) and source.target in _TRANSPOSES:
+            node.target = torch.ops.aten.reshape.default
+
+
+def _check_shapes(analysis: AxisAnalysis, choice: Choice) -> None:
+    for node, axes in analysis.axes.items():
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and isinstance(axes, tuple):
+            expected, got = [kept_size(a, choice) for a in axes], [hint(s) for s in value.shape]
+            if expected != got:
+                raise EditError(f"resize: {op_name(node)} at {node.name} has shape {got}, the axes say {expected}; this is a fault of its axis rule")
+
+
+def readers(program_graph: fx.Graph, names: set[str]) -> list[fx.Node]:
+    """Nodes that read one of the tensors, in graph order."""
+    return [n for n in program_graph.nodes if any(i.op == "get_attr" and i.target in names for i in n.all_input_nodes)]

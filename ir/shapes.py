@@ -1,0 +1,57 @@
+"""Shapes and dtypes of every node, as fake values in `node.meta["val"]`: found again after a structural edit, or for a program read from files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .errors import EditError
+from .nodes import get_tensor, op_name
+from .program import Program
+
+
+def ensure_values(program: Program) -> None:
+    """Compute the values when some operator has none."""
+    if any(n.op in ("call_function", "placeholder") and "val" not in n.meta for n in program.graph.nodes):
+        propagate(program)
+
+
+def propagate(program: Program) -> None:
+    """Recompute every node's fake value from the inputs on, dynamic axes staying symbolic; `EditError` names the node where shapes no longer fit."""
+    mode, inputs = _inputs(program)
+    values: dict[fx.Node, Any] = {}
+    waiting = iter(inputs)
+    with mode, torch.no_grad():
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(waiting)
+            elif node.op == "get_attr":
+                values[node] = mode.from_tensor(get_tensor(program.graph_module, str(node.target)), static_shapes=True)
+            elif node.op == "call_function":
+                values[node] = _call(node, values)
+            if node.op != "output":
+                node.meta["val"] = values[node]
+
+
+def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+    try:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        shapes = [list(v.shape) for v in args if isinstance(v, Tensor)]
+        raise EditError(f"{op_name(node)} at {node.name} cannot take inputs of shapes {shapes}: {str(error).splitlines()[0]}") from error
+
+
+def _inputs(program: Program) -> tuple[FakeTensorMode, list[Any]]:
+    """The placeholders' fake values and their mode; from a fresh export when the program carries none."""
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    if any("val" not in n.meta for n in placeholders):
+        exported = program.to_exported()
+        names = set(exported.graph_signature.user_inputs)
+        placeholders = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name in names]
+    values = [n.meta.get("val") for n in placeholders]
+    mode = next((v.fake_mode for v in values if isinstance(v, torch._subclasses.FakeTensor)), None)
+    return mode or FakeTensorMode(), values
