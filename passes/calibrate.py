@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..ir.edit import conv_geometry, why_not_compressible
-from ..ir.errors import CalibrationError, CaptureError
+from ..ir.errors import CalibrationError, CaptureError, FxpressError
 from ..ir.inputs import Inputs, as_inputs
 from ..ir.nodes import get_tensor
 from ..ir.ops import decode_once
@@ -36,24 +36,25 @@ def as_calls(calibration: Iterable[Any] | None, inputs: Inputs) -> tuple[Call, .
     """
     if calibration is None:
         return ()
-    calls = [_as_call(i, batch, inputs) for i, batch in enumerate(calibration)]
+    calls = [as_call(f"calibration batch {i}", batch, inputs, CalibrationError) for i, batch in enumerate(calibration)]
     if not calls:
         raise CalibrationError("calibration is empty; pass at least one batch shaped like example_inputs")
     return tuple(calls)
 
 
-def _as_call(index: int, batch: Any, inputs: Inputs) -> Call:
+def as_call(where: str, batch: Any, inputs: Inputs, kind: type[FxpressError]) -> Call:
+    """One batch as a call; what does not fit is an error of this `kind` that says `where`."""
     try:
         args, kwargs = as_inputs(batch)
         kwargs = {k: v for k, v in inputs.kwargs.items() if not isinstance(v, Tensor)} | kwargs
         leaves = inputs.flatten(args, kwargs)
     except (ValueError, CaptureError) as error:
-        raise CalibrationError(f"calibration batch {index}: {error}") from error
+        raise kind(f"{where}: {error}") from error
     if (reason := inputs.why_mismatch(leaves)) is not None:
-        raise CalibrationError(f"calibration batch {index}: {reason}")
+        raise kind(f"{where}: {reason}")
     for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
-            raise CalibrationError(f"calibration batch {index}: holds NaN or infinite values; clean the data")
+            raise kind(f"{where}: holds NaN or infinite values; clean the data")
     return args, kwargs
 
 

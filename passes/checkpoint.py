@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,9 @@ from ..ir.sites import WeightSite
 from ..ir.weights import named_tensors
 from .base import SiteResult
 from .context import Call
+
+if TYPE_CHECKING:
+    from .examples import Example
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,14 @@ class Checkpoint:
     def save(self, stage: int, group: int, record: GroupRecord) -> None:
         """Write one group; the file appears whole or not at all."""
         tensors = {f"{i}.{j}.{k}": t.contiguous() for i, edits in enumerate(record.edits) for j, edit in enumerate(edits) for k, t in edit.tensors.items()}
-        path = self._path(stage, group)
+        self.write(_name(stage, group), tensors, _header(record))
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+        """Write one file of tensors and plain data; it appears whole or not at all."""
+        path = self.folder / f"{name}.safetensors"
         scratch = path.with_suffix(".tmp")
         try:
-            save_file(tensors, scratch, metadata={"record": json.dumps(_header(record))})
+            save_file(dict(tensors), scratch, metadata={"record": json.dumps(header)})
             os.replace(scratch, path)
         except (OSError, SafetensorError) as error:
             scratch.unlink(missing_ok=True)
@@ -86,23 +93,32 @@ class Checkpoint:
 
     def load(self, stage: int, group: int, sites: Sequence[str]) -> GroupRecord | None:
         """The group as it was finished earlier, or None; a file that is damaged is set aside and the group done again."""
-        path = self._path(stage, group)
+        found = self.read(_name(stage, group))
+        if found is None:
+            return None
+        header, tensors = found
+        if header["sites"] != list(sites):
+            raise CheckpointError(
+                f"checkpoint {_name(stage, group)} in {self.folder} holds sites {header['sites']}, expected {list(sites)}; delete the checkpoint folder"
+            )
+        self.reused += 1
+        return _record(header, tensors)
+
+    def read(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Plain data and tensors of a file written earlier, or None; a damaged file is removed."""
+        path = self.folder / f"{name}.safetensors"
         if not path.exists():
             return None
         try:
             with safe_open(path, "pt") as file:
-                header = json.loads(file.metadata()["record"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return json.loads(file.metadata()["record"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, ValueError, KeyError, TypeError, OSError):
             path.unlink()
             return None
-        if header["sites"] != list(sites):
-            raise CheckpointError(f"checkpoint {path} holds sites {header['sites']}, expected {list(sites)}; delete the checkpoint folder")
-        self.reused += 1
-        return _record(header, tensors)
 
-    def _path(self, stage: int, group: int) -> Path:
-        return self.folder / f"stage-{stage:02d}-group-{group:05d}.safetensors"
+
+def _name(stage: int, group: int) -> str:
+    return f"stage-{stage:02d}-group-{group:05d}"
 
 
 def _header(record: GroupRecord) -> dict[str, Any]:
@@ -118,14 +134,14 @@ def _record(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GroupRe
     return GroupRecord(header["sites"], edits, [[SiteResult(**r) for r in rs] for rs in header["results"]])
 
 
-def fingerprint(program: Program, recipe: Sequence[str], calls: Sequence[Call], seed: int) -> str:
-    """sha256 over graph, weights, resolved recipe, calibration data, seed, torch and fxpress checkpoint version."""
+def fingerprint(program: Program, recipe: Sequence[str], calls: Sequence[Call], seed: int, training: Sequence[Example] = ()) -> str:
+    """sha256 over graph, weights, resolved recipe, calibration and training data, seed, torch and fxpress checkpoint version."""
     digest = hashlib.sha256()
     digest.update(json.dumps(["fxpress-checkpoint-1", torch.__version__, seed, list(recipe), program.to_text()]).encode())
     for name, tensor in sorted(named_tensors(program.graph_module)):
         digest.update(name.encode())
         _update(digest, tensor)
-    for leaf in torch.utils._pytree.tree_leaves([list(c) for c in calls]):
+    for leaf in torch.utils._pytree.tree_leaves([[list(c) for c in calls], [[list(e.call), e.target] for e in training]]):
         if isinstance(leaf, Tensor):
             _update(digest, leaf)
     return digest.hexdigest()

@@ -9,8 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from .memory import Memory
+
 if TYPE_CHECKING:
+    from ..ir.program import Program
     from .checkpoint import Checkpoint
+    from .examples import Example
+    from .losses import Loss
 
 T = TypeVar("T")
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -18,12 +23,22 @@ Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """Shared by all passes of one run."""
+    """Shared by all passes of one run.
+
+    `training` and `loss(outputs, target)` are for passes that train. The pipeline sets `original`, the program as it entered, `stage`, the
+    number of the running stage, and `remarks`, where a running pass leaves sentences for its report.
+    """
 
     calibration: Sequence[Call] = ()
+    training: Sequence[Example] = ()
+    loss: Loss | None = None
+    original: Program | None = None
+    stage: int = 0
+    remarks: list[str] = field(default_factory=list)
     seed: int = 0
     progress: bool = False
     checkpoint: Checkpoint | None = None
+    memory: Memory = field(default_factory=Memory)
     logger: logging.Logger = field(default_factory=lambda: logging.getLogger("fxpress"))
 
     def generator(self) -> torch.Generator:

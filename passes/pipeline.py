@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from ..ir.errors import PassError
@@ -67,10 +67,11 @@ def _refuse_empty(one: Pass, plan: Plan) -> None:
 def run_pipeline(program: Program, passes: Sequence[Pass], ctx: Context) -> Outcome:
     """Plan everything first, then carry it out on a clone; the given program is never changed."""
     plan_passes(program, passes, ctx)
+    ctx = ctx if ctx.original is not None else replace(ctx, original=program)
     current = program.clone()
     reports: list[PassReport] = []
     for number, stage in enumerate(_stages(passes)):
-        reports += _run(current, stage, ctx, number)
+        reports += _run(current, stage, replace(ctx, stage=number, remarks=[]))
         current.verify()
     if current.stage is Stage.CAPTURED and passes:
         current.stage = Stage.COMPRESSED
@@ -89,17 +90,18 @@ def _stages(passes: Sequence[Pass]) -> list[tuple[Pass, ...]]:
     return [tuple(one for _, one in group) for _, group in groupby(enumerate(passes), key)]
 
 
-def _run(program: Program, stage: tuple[Pass, ...], ctx: Context, number: int) -> list[PassReport]:
+def _run(program: Program, stage: tuple[Pass, ...], ctx: Context) -> list[PassReport]:
     planned = plan_passes(program, stage, ctx)
     sites = tuple(p for p in stage if isinstance(p, SitePass))
     if len(sites) == len(stage):
-        done = run_stage(program, sites, [p.plan for p in planned], ctx, number)
+        done = run_stage(program, sites, [p.plan for p in planned], ctx, ctx.stage)
         results, seconds = done.results, done.seconds
     else:
         began = time.perf_counter()
         results = (stage[0].rewrite(program, planned[0].plan, ctx),)
         seconds = (time.perf_counter() - began,)
-    return [_report(program, p, r, s) for p, r, s in zip(planned, results, seconds, strict=True)]
+    reports = [_report(program, p, r, s) for p, r, s in zip(planned, results, seconds, strict=True)]
+    return [replace(reports[0], notes=(*reports[0].notes, *ctx.remarks)), *reports[1:]]
 
 
 def _report(program: Program, planned: PlannedPass, results: tuple[SiteResult, ...], seconds: float) -> PassReport:

@@ -14,6 +14,7 @@ if not Path(__file__).with_name("ir").is_dir():  # a clone without symbolic link
 from .ir.capture import capture
 from .ir.errors import FxpressError
 from .ir.program import Program
+from .passes.examples import Labelled
 from .passes.recipe import Recipe
 from .runtime.optimize import load, optimize
 from .runtime.result import Result
@@ -23,4 +24,4 @@ try:
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["FxpressError", "Program", "Recipe", "Result", "__version__", "capture", "load", "optimize"]
+__all__ = ["FxpressError", "Labelled", "Program", "Recipe", "Result", "__version__", "capture", "load", "optimize"]

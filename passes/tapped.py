@@ -1,0 +1,83 @@
+"""Run a program's graph with tensors of one's own and with some values inside the graph as further outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+
+from ..ir.nodes import node_type, op_name
+from ..ir.program import Program
+from ..ir.weights import named_tensors, set_tensor
+from .context import Call
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a run gave: the outputs flattened and as the model returns them, and the tapped values."""
+
+    leaves: Sequence[Any]
+    outputs: Any
+    hidden: Sequence[Tensor]
+
+
+class Tapped:
+    """A program's graph, its weights replaceable call by call, that also returns the values of the nodes named in `taps`.
+
+    The clone shares its tensors with the program, and no call writes into them.
+    """
+
+    def __init__(self, program: Program, taps: Sequence[str] = ()) -> None:
+        clone = program.clone()
+        graph, self._inputs = clone.graph, clone.inputs
+        nodes = {n.name: n for n in graph.nodes}
+        output = graph.output_node()
+        self._spec = _out_spec(graph)
+        flat = output.args[0] if self._spec is not None else pytree.tree_leaves(output.args[0])
+        assert isinstance(flat, (tuple, list))
+        self._spec = self._spec or pytree.tree_structure(program.graph.output_node().args[0])
+        self._count = len(flat)
+        for name, tensor in list(named_tensors(clone.graph_module)):  # a captured model's parameters may ask for gradients of their own
+            set_tensor(clone.graph_module, name, tensor.detach(), parameter=isinstance(tensor, nn.Parameter))
+        graph.set_codegen(CodeGen())
+        output.args = ((*flat, *(nodes[t] for t in taps)),)
+        self._module = clone.graph_module
+        self._module.recompile()
+
+    def __call__(self, call: Call, tensors: Mapping[str, Tensor] | None = None) -> Reply:
+        """Run one call, with `tensors` in the place of the program's own of these names; gradients flow where the caller's mode lets them."""
+        leaves = tuple(self._inputs.flatten(*call))
+        values = torch.func.functional_call(self._module, dict(tensors or {}), leaves)
+        outputs = values[: self._count]
+        assert self._spec is not None
+        return Reply(outputs, pytree.tree_unflatten(list(outputs), self._spec), values[self._count :])
+
+
+def _out_spec(graph: fx.Graph) -> pytree.TreeSpec | None:
+    """Structure of the outputs of an exported graph, whose output node holds them flat; None for a plain graph."""
+    info = getattr(graph._codegen, "pytree_info", None)
+    return info.out_spec if info is not None else None
+
+
+def hidden_nodes(student: Program, teacher: Program) -> list[str]:
+    """Names of nodes that mean the same in both programs: residual additions (`aten.add` of two values of one type) of equal name and type."""
+    there = _residual_adds(teacher)
+    return [name for name, kind in _residual_adds(student).items() if there.get(name) == kind]
+
+
+def _residual_adds(program: Program) -> dict[str, str]:
+    found = {}
+    for node in program.graph.nodes:
+        kind = node_type(node)
+        if op_name(node) != "aten.add.Tensor" or kind is None or not kind.dtype.is_floating_point:
+            continue
+        terms = [n for n in node.all_input_nodes if n.op == "call_function"]
+        rotation = all(op_name(n).startswith("aten.mul") for n in terms)  # x * cos + y * sin
+        if len(terms) == 2 and not rotation and all(node_type(n) == kind for n in terms):
+            found[node.name] = str(kind)
+    return found
