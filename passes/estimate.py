@@ -101,7 +101,7 @@ def _example_rows(program: Program) -> float:
     """Rows the first linear-like site sees on the example inputs."""
     for site in program.sites():
         if site.kind is not SiteKind.EMBEDDING:
-            return _size(site.data) / site.columns
+            return node_size(site.data) / site.columns
     return 1.0
 
 
@@ -118,13 +118,13 @@ def live_bytes(program: Program, ctx: Context) -> float:
     last = {source: node for node in program.graph.nodes for source in node.all_input_nodes}
     live = peak = 0.0
     for node in program.graph.nodes:
-        live += 4.0 * _size(node)
+        live += 4.0 * node_size(node)
         peak = max(peak, live)
-        live -= sum(4.0 * _size(s) for s in node.all_input_nodes if last[s] is node)
+        live -= sum(4.0 * node_size(s) for s in node.all_input_nodes if last[s] is node)
     return peak * _elements(ctx) / max(1, _largest(program.inputs.leaves))
 
 
-def _size(node: fx.Node) -> float:
+def node_size(node: fx.Node) -> float:
     """Elements of a node's value on the example inputs; weights and non-tensors count nothing."""
     value = node.meta.get("val")
     if node.op != "call_function" or not isinstance(value, Tensor):
