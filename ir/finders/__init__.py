@@ -1,0 +1,1 @@
+"""Finders: each recognises one kind of structure from operators, users and axes, never from names."""
