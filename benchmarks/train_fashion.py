@@ -64,7 +64,7 @@ def train(name: str, settings: Settings) -> None:
     folder = folder_of(name)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
-    model = MODELS[name]().to(memory_format=torch.channels_last)
+    model = MODELS[name]().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, nesterov=True)
     state = _resume(folder / "checkpoint.pt", model, optimizer, settings)
     data, held_out = fashion_mnist("train"), fashion_mnist("validation")
