@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -45,8 +45,8 @@ class Context:
         """A fresh generator at the run's seed."""
         return torch.Generator().manual_seed(self.seed)
 
-    def track(self, items: Sequence[T] | Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-        """Iterate with a progress bar when the run shows progress and stands at a terminal."""
+    def track(self, items: Sequence[T] | Iterable[T], label: str, total: int | None = None, status: Callable[[], str] | None = None) -> Iterator[T]:
+        """Iterate with a progress bar when the run shows progress and stands at a terminal; `status` says something beside it after every item."""
         from .progress import track
 
-        return track(items, label, total=total, enabled=self.progress)
+        return track(items, label, total=total, enabled=self.progress, status=status)

@@ -114,7 +114,7 @@ class _Trainer:
     def run(self) -> TrainingResult:
         """Train to the end, or go on where a checkpoint stands."""
         self.standing = load_state(self.ctx, self.label, self.weights, self.best, self.optimizer) or self._start()
-        for _ in self.ctx.track(range(self.options.steps - self.standing.step), self.label):
+        for _ in self.ctx.track(range(self.options.steps - self.standing.step), self.label, status=lambda: f"loss {self.standing.best:.4g}"):
             if self.standing.stopped:
                 break
             self._step()

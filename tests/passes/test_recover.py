@@ -144,7 +144,7 @@ class _KillAt:
 def test_a_killed_run_resumes_bit_equal(captured: Callable[[str], Program], tmp_path: Path, calls: int) -> None:
     program = captured("conv")
     examples = as_examples([Labelled(b, torch.ones(2, 5)) for b in batches(program)], program.inputs)
-    specs = ("prune_magnitude{sparsity=0.5}", "recover{steps=30,lr=0.01,accumulate=2,evaluate_every=4,checkpoint_every=3,patience=30}")
+    specs = ("prune_magnitude{sparsity=0.5}", "recover{steps=31,lr=0.01,accumulate=2,evaluate_every=4,checkpoint_every=3,patience=30}")
     passes: list[Pass] = [parse_pass(s) for s in specs]
 
     def run(loss: _KillAt, folder: str) -> tuple[Program, Any]:

@@ -49,6 +49,8 @@ def test_other_sizes_and_structured_outputs(captured: Callable[[str], Program]) 
 
 def test_gradients_reach_the_given_tensors_and_nothing_else(captured: Callable[[str], Program]) -> None:
     program = captured("mlp")
+    for parameter in program.graph_module.parameters():  # as of a model that is being trained
+        parameter.requires_grad_()
     tapped = Tapped(program)
     before = {n: t.clone() for n, t in named_tensors(program.graph_module)}
     given = {"up.weight": before["up.weight"].detach().mul(2).requires_grad_()}
@@ -56,6 +58,8 @@ def test_gradients_reach_the_given_tensors_and_nothing_else(captured: Callable[[
     tapped(call, given).outputs.sum().backward()
     assert given["up.weight"].grad is not None
     assert all(t.grad is None and torch.equal(t, before[n]) for n, t in named_tensors(program.graph_module))
+    for parameter in program.graph_module.parameters():
+        parameter.requires_grad_(False)
     assert not torch.equal(tapped(call).outputs, tapped(call, given).outputs)
     assert_same(tapped(call).outputs, program.run_examples())
 

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from fxpress.ir.errors import TrainingError
+from fxpress.ir.nodes import get_tensor
 from fxpress.ir.program import Program
-from fxpress.ir.weights import named_tensors
+from fxpress.ir.weights import named_tensors, set_tensor
 from fxpress.passes.context import Context
-from fxpress.passes.examples import Example, Labelled, as_examples
-from fxpress.passes.losses import Objective
+from fxpress.passes.examples import Example, Labelled, as_examples, split
+from fxpress.passes.losses import Objective, relative_error
 from fxpress.passes.pipeline import run_pipeline
 from fxpress.passes.prune_magnitude import PruneMagnitude
 from fxpress.passes.quantize_rtn import QuantizeRtn
+from fxpress.passes.trainable import find_parts, write_back
 from fxpress.passes.training import TrainingResult, fine_tune
 from fxpress.passes.training_options import Precision, TrainingOptions
 
@@ -62,6 +64,43 @@ def test_same_seed_same_weights_and_another_seed_others(captured: Callable[[str]
     assert_same(one.tensors, two.tensors)
     assert not torch.equal(one.tensors["up.weight"], other.tensors["up.weight"])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_random_numbers_of_the_loss_come_from_the_seed(captured: Callable[[str], Program]) -> None:
+    def noisy(outputs: Tensor, target: Tensor) -> Tensor:
+        return (outputs - target + torch.rand(())).square().mean()
+
+    examples = data(captured("mlp"), label=lambda _: torch.ones(4, 6))
+    torch.manual_seed(1)
+    one = fine_tune(captured("mlp"), None, examples, FAST, Context(loss=noisy))
+    torch.manual_seed(2)
+    assert_same(fine_tune(captured("mlp"), None, examples, FAST, Context(loss=noisy)).tensors, one.tensors)
+
+
+def test_the_rate_follows_the_schedule(captured: Callable[[str], Program]) -> None:
+    options = replace(FAST, steps=2, lr=0.03, warmup=0.9)  # rates 0.01 and 0.02: Adam's first steps are as long as the rate
+    program = captured("mlp")
+    result = fine_tune(program, None, data(program, 1, label=lambda _: torch.ones(4, 6)), options, Context(loss=lambda o, t: (o - t).square().mean()))
+    moved = max(float((new - get_tensor(program.graph_module, name)).detach().abs().max()) for name, new in result.tensors.items())
+    assert 0.02 < moved < 0.0301
+
+
+def test_names_of_one_tensor_are_trained_as_one(captured: Callable[[str], Program]) -> None:
+    teacher = captured("repeated")
+    student = run_pipeline(teacher, [QuantizeRtn(bits=1, only=("step",))], Context()).program
+    last = student.sites()[-1]
+    set_tensor(student.graph_module, "other.weight", get_tensor(student.graph_module, last.tensors[0]), parameter=True)
+    with student.graph.inserting_before(last.node):
+        last.node.update_arg(1, student.graph.get_attr("other.weight"))
+    student.graph_module.recompile()
+    assert student.sites()[1].tied and student.sites()[1].tensors != student.sites()[2].tensors
+    result = fine_tune(student, teacher, data(teacher), replace(FAST, lr=1e-3), Context())
+    write_back(student, find_parts(student)[0], result.tensors, "test", "why")
+    one, other = (get_tensor(student.graph_module, n) for n in (last.tensors[0], "other.weight"))
+    assert len(result.tensors) == 2 and torch.equal(one, other) and one.data_ptr() == other.data_ptr()
+    (held,) = split(data(teacher), FAST.held_out, Context().generator())[1]
+    found = relative_error(student.run_inputs(held.call), teacher.run_inputs(held.call))
+    assert float(found) == pytest.approx(result.after, rel=1e-5)  # the graph with both names is what was trained
 
 
 def test_accumulation_takes_several_batches_a_step(captured: Callable[[str], Program]) -> None:
