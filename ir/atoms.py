@@ -89,7 +89,7 @@ class Algebra:
 
     def _unify(self, a: Axis, b: Axis, where: str, depth: int) -> None:
         left, right = factors(a), factors(b)
-        if size_of(a) != size_of(b) or depth > DEPTH:
+        if size_of(a) != size_of(b) or size_of(a) == 0 or depth > DEPTH:
             raise MisalignedError
         while left and right:
             x, y = left[0], right[0]
@@ -119,6 +119,8 @@ class Algebra:
 
     def divide(self, axis: Axis, outer: int) -> Axis:
         """The axis as `(outer, rest)`; raises `MisalignedError` when its atoms do not split there."""
+        if size_of(axis) == 0:
+            raise MisalignedError
         head: list[Atom] = []
         rest = factors(axis)
         need = outer
@@ -183,7 +185,8 @@ class Algebra:
         return [(*p, *atoms[1:]) for p in first.parts]
 
     def concat(self, axes: Sequence[Axis]) -> Axis:
-        """One axis that is the given ones after each other."""
+        """One axis that is the given ones after each other; empty ones leave no trace."""
+        axes = [a for a in axes if size_of(a)] or list(axes[:1])
         if len(axes) == 1:
             return axes[0]
         joined = self.axis(sum(map(size_of, axes)))

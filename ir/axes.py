@@ -20,7 +20,8 @@ from .nodes import get_tensor, op_name
 from .program import Program
 from .weights import AliasClasses, alias_classes
 
-Shape = tuple[int, ...]
+# what a rule may raise on arguments of a form it does not know
+UNFIT = (MisalignedError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration)
 Result = Any  # tuple of axes for a tensor, list of such (or None) for several results, None for no tensor
 
 
@@ -37,8 +38,8 @@ class Occurrence:
 class AxisClass:
     """An independent structural variable: `size` indices, and every (tensor, dim) they occur in.
 
-    `pinned`: reasons why nothing may be removed from it. `reductions`: nodes that average or normalise over it; without them removing an index equals
-    zeroing it everywhere.
+    `pinned`: reasons why nothing may be removed from it. `reductions`: nodes that average, normalise or sum over it something that zeroed parameters do not
+    make zero; without them removing an index equals zeroing it everywhere.
     """
 
     name: str
@@ -54,11 +55,12 @@ class AxisClass:
 
 @dataclass(frozen=True)
 class Constant:
-    """An int of the graph that is the summed size of `axes`; `path` leads to it through the node's arguments."""
+    """An int of the graph that is the summed size of `axes`, or minus that; `path` leads to it through the node's arguments."""
 
     node: fx.Node
     path: tuple[int | str, ...]
     axes: tuple[Axis, ...]
+    sign: int = 1
 
 
 Choice = Mapping[Atom, Tensor]  # leaf -> kept indices, int64, in their new order
@@ -178,6 +180,7 @@ class Tracer(Algebra):
         self.splits: list[tuple[fx.Node, tuple[Axis, ...]]] = []
         self.scales: list[tuple[fx.Node, Axis]] = []
         self.work: dict[fx.Node, Axis] = {}
+        self.sums: list[tuple[fx.Node, Axis, tuple[Any, ...]]] = []
         self.unruled: list[tuple[fx.Node, str]] = []
         self.tensors: dict[str, tuple[Axis, ...]] = {}
         self._aliases: AliasClasses = alias_classes(program.graph_module)
@@ -206,23 +209,34 @@ class Tracer(Algebra):
         self._pin_result(result, why)
         return result
 
-    def constant(self, node: fx.Node, path: tuple[int | str, ...], *axes: Axis) -> None:
-        """Note that the int at `path` is the summed size of `axes`."""
-        self.constants.append(Constant(node, path, axes))
+    def constant(self, node: fx.Node, path: tuple[int | str, ...], *axes: Axis, sign: int = 1) -> None:
+        """Note that the int at `path` is the summed size of `axes`, or minus that."""
+        self.constants.append(Constant(node, path, axes, sign))
 
-    def contract(self, node: fx.Node, axes: Sequence[Axis]) -> None:
-        """Note the node's multiply-accumulates: the product of `axes`."""
+    def contract(self, node: fx.Node, axes: Sequence[Axis], summed: Axis, operands: Sequence[Any]) -> None:
+        """Note the node's multiply-accumulates, the product of `axes`, and that it sums the product of `operands` over `summed`."""
         self.work[node] = tuple(a for axis in axes for a in axis)
+        self.sums.append((node, summed, tuple(operands)))
 
     def walk(self) -> AxisAnalysis:
         """Run every node's rule, then read off the classes."""
         for node in self.program.graph.nodes:
             self.axes[node] = self._result(node)
         self.settle()
+        self._note_sums()
         return AxisAnalysis(
             self.program, self.axes, tuple(self._classes()), tuple(self.constants), tuple(self.splits), tuple(self.scales), self.work, tuple(self.unruled),
             self.tensors,
         )  # fmt: skip
+
+    def _note_sums(self) -> None:
+        """A sum of products none of which vanishes where a class is masked differs when its index is removed instead."""
+        from .vanish import vanishes
+
+        for node, axis, operands in self.sums:
+            for leaf in dict.fromkeys(leaves(axis)):
+                if not any(vanishes(self, x, leaf) for x in operands):
+                    leaf.reductions.append(node.name)
 
     def _result(self, node: fx.Node) -> Result:
         if node.op == "get_attr":
@@ -264,7 +278,7 @@ class Tracer(Algebra):
             return self._refuse(node, "no axis rule")
         try:
             result = rule(self, node)
-        except MisalignedError:
+        except UNFIT:
             return self._refuse(node, "its arguments do not fit the rule")
         return result if _fits(result, value) else self._refuse(node, "the rule gave another shape than the operator")
 
@@ -290,6 +304,8 @@ class Tracer(Algebra):
         for tensor, axes in self.tensors.items():
             for dim, axis in enumerate(axes):
                 counts = Counter(leaves(axis))
+                for leaf in _squared(axis):
+                    leaf.pins.append(f"{tensor}[{dim}] holds it against itself")
                 for i, leaf in enumerate(counts):
                     positions = int((labels(axis, leaf) == 0).sum())
                     found[leaf].append(Occurrence(tensor, dim, positions))
@@ -304,6 +320,17 @@ def hint(size: int | torch.SymInt) -> int:
         return size
     known = size.node.hint
     return int(known) if known is not None else 2**61 - 1
+
+
+def _squared(axis: Sequence[Atom]) -> Iterator[Atom]:
+    """Leaves that one position of the axis belongs to twice, at different indices."""
+    seen: set[Atom] = set()
+    for atom in factors(axis):
+        own = set(leaves((atom,)))
+        yield from seen & own
+        seen |= own
+        for part in atom.parts:
+            yield from _squared(part)
 
 
 def _holds_tensor(value: Any) -> bool:

@@ -6,7 +6,7 @@ Here every constant that follows a class is rewritten, shapes are propagated ane
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from .shapes import propagate
 
 if TYPE_CHECKING:
     from .edit import Editor
+    from .program import Program
 
 _TRANSPOSES = {torch.ops.aten.transpose.int, torch.ops.aten.permute.default}
 
@@ -32,15 +33,41 @@ def checked_choice(analysis: AxisAnalysis, kept: Mapping[AxisClass, Tensor]) -> 
             raise EditError(f"resize {one.name}: the class belongs to another analysis; analyze the program as it stands now")
         if one.pinned:
             raise EditError(f"resize {one.name}: it is pinned ({one.pinned[0]}), nothing can be removed from it")
-        values = indices.tolist()
+        values = indices.tolist() if indices.dim() == 1 and indices.dtype in (torch.int64, torch.int32) else []
         if not values or len(set(values)) != len(values) or min(values) < 0 or max(values) >= one.size:
             raise EditError(f"resize {one.name}: expected at least one of its {one.size} indices, each once, got {values[:8]}")
     return {one.atom: indices.to(torch.int64).cpu() for one, indices in kept.items()}
 
 
 def resize(editor: Editor, analysis: AxisAnalysis, choice: Choice) -> None:
-    """Carry out a checked choice on the editor's program, which is the one `analysis` was made of."""
+    """Carry out a checked choice on the editor's program, which is the one `analysis` was made of; when that fails the program is as before."""
     _check_same(editor, analysis)
+    restore = _saved(editor.program)
+    try:
+        _carry_out(editor, analysis, choice)
+    except BaseException:
+        restore()
+        raise
+
+
+def _saved(program: Program) -> Callable[[], None]:
+    """What puts the program's tensors and nodes back as they are now."""
+    nodes = [(n, n.target, n.args, n.kwargs, dict(n.meta)) for n in program.graph.nodes]
+    tensors = [(m, dict(m._parameters), dict(m._buffers)) for m in program.graph_module.modules()]
+
+    def restore() -> None:
+        for node, target, args, kwargs, meta in nodes:
+            node.target, node.args, node.kwargs, node.meta = target, args, kwargs, meta
+        for module, parameters, buffers in tensors:
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+    return restore
+
+
+def _carry_out(editor: Editor, analysis: AxisAnalysis, choice: Choice) -> None:
     for name in changed_tensors(analysis, choice):
         tensor = get_tensor(editor.program.graph_module, name).detach()
         for dim, axis in enumerate(analysis.tensors[name]):
@@ -67,6 +94,10 @@ def changed_tensors(analysis: AxisAnalysis, choice: Choice) -> list[str]:
 def _check_same(editor: Editor, analysis: AxisAnalysis) -> None:
     if analysis.program is not editor.program:
         raise EditError("resize: the analysis was made of another program; analyze the one being edited")
+    for name, axes in analysis.tensors.items():
+        shape = list(get_tensor(editor.program.graph_module, name).shape)
+        if shape != [size_of(a) for a in axes]:
+            raise EditError(f"resize: {name} has become {shape} since the analysis; analyze the program as it stands now")
 
 
 def _rewrite(constant: Constant, choice: Choice) -> None:
@@ -76,10 +107,10 @@ def _rewrite(constant: Constant, choice: Choice) -> None:
         return
     where, *inside = constant.path
     if isinstance(where, str):
-        constant.node.kwargs = {**constant.node.kwargs, where: _replaced(constant.node.kwargs[where], inside, new)}
+        constant.node.kwargs = {**constant.node.kwargs, where: _replaced(constant.node.kwargs[where], inside, constant.sign * new)}
     else:
         args = list(constant.node.args)
-        args[where] = _replaced(args[where], inside, new)
+        args[where] = _replaced(args[where], inside, constant.sign * new)
         constant.node.args = tuple(args)
 
 

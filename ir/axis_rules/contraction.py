@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from ..atoms import Axis, MisalignedError, size_of
@@ -18,7 +20,7 @@ def linear(t: Tracer, node: fx.Node) -> Result:
     for axis in bias:
         t.unify(weight[0], axis, node.name)
     out = (*x[:-1], *weight[:-1])
-    t.contract(node, (*out, x[-1]))
+    t.contract(node, (*out, x[-1]), x[-1], (argument(node, "input"), argument(node, "weight")))
     return out
 
 
@@ -26,23 +28,24 @@ def linear(t: Tracer, node: fx.Node) -> Result:
 def add_product(t: Tracer, node: fx.Node) -> Result:
     """`self + a [.., M, K] @ b [.., K, N]`."""
     names = ("mat1", "mat2") if argument(node, "mat1") is not None else ("batch1", "batch2")
-    product = _product(t, node, t.of(argument(node, names[0])), t.of(argument(node, names[1])))
+    product = _product(t, node, argument(node, names[0]), argument(node, names[1]))
     return broadcast(t, node, product, t.of(argument(node, "self")))
 
 
 @rule("aten.mm", "aten.bmm", "aten.matmul")
 def matrix_product(t: Tracer, node: fx.Node) -> Result:
     """`a [..., M, K] @ b [..., K, N]`, batch axes broadcast."""
-    return _product(t, node, t.of(node.args[0]), t.of(node.args[1]))
+    return _product(t, node, node.args[0], node.args[1])
 
 
-def _product(t: Tracer, node: fx.Node, a: tuple[Axis, ...], b: tuple[Axis, ...]) -> tuple[Axis, ...]:
+def _product(t: Tracer, node: fx.Node, left: Any, right: Any) -> tuple[Axis, ...]:
+    a, b = t.of(left), t.of(right)
     if not a or not b:
         raise MisalignedError
     rows, columns = a[-2:-1], b[-1:] if len(b) > 1 else ()
     shared = t.unify(a[-1], b[-2] if len(b) > 1 else b[0], node.name)
     out = (*broadcast(t, node, a[:-2], b[:-2]), *rows, *columns)
-    t.contract(node, (*out, shared))
+    t.contract(node, (*out, shared), shared, (left, right))
     return out
 
 
@@ -58,9 +61,11 @@ def attention(t: Tracer, node: fx.Node) -> Result:
     t.unify(q[-1], k[-1], node.name)
     t.unify(k[-2], v[-2], node.name)
     t.pin(k[-2], f"the softmax of {node.name} goes over it")
+    if argument(node, "is_causal"):
+        t.pin(q[-2], f"{node.name} is causal along it")
     broadcast(t, node, (*batch, q[-2], k[-2]), mask)
     t.scales.append((node, q[-1]))
-    t.contract(node, (*batch, q[-2], k[-2], q[-1]))
+    t.contract(node, (*batch, q[-2], k[-2], q[-1]), q[-1], (argument(node, "query"), argument(node, "key")))
     out = (*batch, q[-2], v[-1])
     return out if not isinstance(node.meta["val"], (tuple, list)) else [out, *t.pinned(node, f"statistics of {node.name}")[1:]]
 
@@ -79,7 +84,7 @@ def einsum(t: Tracer, node: fx.Node) -> Result:
                 named[letter] = axis
             elif size_of(axis) != 1:
                 t.unify(named[letter], axis, node.name)
-    t.contract(node, tuple(named.values()))
+    t.contract(node, tuple(named.values()), sum((a for letter, a in named.items() if letter not in right), ()), node.args[1])  # type: ignore[arg-type]
     return tuple(named[letter] for letter in right)
 
 

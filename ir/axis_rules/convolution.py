@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
-from ..atoms import Axis, MisalignedError, size_of
+from ..atoms import Axis, size_of
 from ..axes import Result, Tracer
-from ..nodes import argument
+from ..nodes import argument, op_name
 from .registry import ints, place, rule
 
 
@@ -35,7 +35,8 @@ def convolution(t: Tracer, node: fx.Node) -> Result:
         t.unify(out, axis, node.name)
     if groups > 1:
         t.constant(node, place(node, "groups"), t.grouped(channels, groups)[0])
-    t.contract(node, (*x[: -(len(weight) - 1)], *(a for a in weight), *(x[-(len(weight) - 2) :] if transposed else spatial)))
+    work = (*x[: -(len(weight) - 1)], *weight, *(x[-(len(weight) - 2) :] if transposed else spatial))
+    t.contract(node, work, channels, (argument(node, "input"), argument(node, "weight")))
     return (*x[: -(len(weight) - 1)], out, *spatial)
 
 
@@ -67,18 +68,20 @@ def pool(t: Tracer, node: fx.Node) -> Result:
 
 @rule("aten.pad", "aten.constant_pad_nd", "aten.reflection_pad1d", "aten.reflection_pad2d", "aten.replication_pad1d", "aten.replication_pad2d")
 def pad(t: Tracer, node: fx.Node) -> Result:
-    """Padded pixels are pinned; channels padded with a constant become a concatenation whose new parts are classes of their own."""
+    """An axis padded with a constant becomes a concatenation whose new parts are classes of their own; one padded otherwise is pinned."""
     axes = list(t.of(node.args[0]))
     name = "pad" if argument(node, "pad") is not None else "padding"
     amounts = ints(argument(node, name))
-    constant = argument(node, "mode") in (None, "constant") and "reflection" not in node.name and "replication" not in node.name
+    constant = argument(node, "mode") in (None, "constant") and "_pad" not in op_name(node).replace("constant_pad", "")
     for i in range(len(amounts) // 2):
         before, after = amounts[2 * i : 2 * i + 2]
         d = len(axes) - 1 - i
         if before == after == 0:
             continue
         if min(before, after) < 0 or not constant:
-            raise MisalignedError
+            t.pin(axes[d], f"{node.name} repeats or cuts it")
+            axes[d] = t.pinned(node, f"padded by {node.name}")[d]
+            continue
         parts = [t.axis(n) for n in (before, size_of(axes[d]), after) if n]
         own = 1 if before else 0
         for j, part in enumerate(parts):

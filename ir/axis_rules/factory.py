@@ -22,7 +22,7 @@ def filled(t: Tracer, node: fx.Node) -> Result:
     return axes
 
 
-@rule("aten.arange", "aten.linspace", "aten.eye", "aten.scalar_tensor", "aten.tensor", "aten.randperm", "aten.randint")
+@rule("aten.arange", "aten.linspace", "aten.eye", "aten.scalar_tensor", "aten.randperm", "aten.randint")
 def positions(t: Tracer, node: fx.Node) -> Result:
     """Values that depend on the position."""
     return t.pinned(node, f"{node.name} numbers its positions")

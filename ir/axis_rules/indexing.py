@@ -64,7 +64,7 @@ def one_hot(t: Tracer, node: fx.Node) -> Result:
     return (*t.of(node.args[0]), new)
 
 
-@rule("aten.topk", "aten.kthvalue", "aten.mode")
+@rule("aten.topk")
 def top(t: Tracer, node: fx.Node) -> Result:
     """Selects along one axis, which is pinned."""
     axes = list(t.of(node.args[0]))

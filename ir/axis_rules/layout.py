@@ -12,16 +12,13 @@ from ..nodes import argument
 from .registry import dim, dims, place, rule
 
 
-@rule("aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.view_copy", "aten.reshape_as")
+@rule("aten.view", "aten.reshape", "aten._unsafe_view", "aten.view_copy")
 def view(t: Tracer, node: fx.Node) -> Result:
     """Old and new axes are grouped so that the groups hold equally many positions; inside a group both are one product."""
     old, new = t.of(node.args[0]), t.fresh(node)
     for mine, other in _groups(old, new):
         t.unify(sum(mine, ()), sum(other, ()), node.name)
-    name = next((n for n in ("size", "shape", "sizes") if argument(node, n) is not None), None)
-    if name is not None:
-        first = dim(node, len(old)) if name == "sizes" else 0
-        _size_constants(t, node, name, new[first:])
+    _size_constants(t, node, "size" if argument(node, "size") is not None else "shape", new)
     return new
 
 
@@ -48,25 +45,23 @@ def _size(axes: list[Axis]) -> int:
 
 
 def _size_constants(t: Tracer, node: fx.Node, name: str, axes: tuple[Axis, ...]) -> None:
-    """Fixed sizes in a shape argument are constants of the graph; -1 follows by itself."""
+    """Fixed sizes in a shape argument are constants of the graph; -1 follows by itself, a computed size follows nothing."""
     where = place(node, name)
     for i, (size, axis) in enumerate(zip(argument(node, name), axes, strict=False)):
         if isinstance(size, int) and size != -1:
             t.constant(node, (*where, i), axis)
+        elif isinstance(size, fx.Node):
+            t.pin(axis, f"{node.name} computes its size")
 
 
-@rule("aten.expand", "aten.broadcast_to", "aten.expand_as", "aten.expand_copy")
+@rule("aten.expand", "aten.expand_copy")
 def expand(t: Tracer, node: fx.Node) -> Result:
     """Axes of size 1 grow; new ones have no parameter of their own until they meet one."""
     old, new = t.of(node.args[0]), list(t.fresh(node))
     for back, axis in enumerate(reversed(old), 1):
         if size_of(axis) == size_of(new[-back]):
             new[-back] = axis
-    if argument(node, "size") is not None:
-        _size_constants(t, node, "size", tuple(new))
-    if isinstance(argument(node, "other"), fx.Node):
-        for mine, other in zip(new, t.of(argument(node, "other")), strict=True):
-            t.unify(mine, other, node.name)
+    _size_constants(t, node, "size", tuple(new))
     return tuple(new)
 
 
@@ -106,7 +101,7 @@ def permute(t: Tracer, node: fx.Node) -> Result:
     return tuple(axes[d] for d in argument(node, "dims"))
 
 
-@rule("aten.transpose", "aten.swapaxes", "aten.swapdims")
+@rule("aten.transpose")
 def transpose(t: Tracer, node: fx.Node) -> Result:
     """Two axes change places."""
     axes = list(t.of(node.args[0]))
@@ -115,20 +110,10 @@ def transpose(t: Tracer, node: fx.Node) -> Result:
     return tuple(axes)
 
 
-@rule("aten.t", "aten.mT", "aten.numpy_T", "aten.adjoint", "aten.matrix_H")
+@rule("aten.t")
 def matrix_transpose(t: Tracer, node: fx.Node) -> Result:
-    """The last two axes change places (`numpy_T`: all are reversed)."""
-    axes = t.of(node.args[0])
-    return axes[::-1] if len(axes) <= 2 or "numpy" in node.name else (*axes[:-2], axes[-1], axes[-2])
-
-
-@rule("aten.movedim")
-def movedim(t: Tracer, node: fx.Node) -> Result:
-    """Axes move to named places; the others keep their order."""
-    axes = t.of(node.args[0])
-    source, target = dims(node, len(axes), "source"), dims(node, len(axes), "destination")
-    rest = iter(d for d in range(len(axes)) if d not in source)
-    return tuple(axes[source[target.index(d)] if d in target else next(rest)] for d in range(len(axes)))
+    """The axes of a matrix change places."""
+    return t.of(node.args[0])[::-1]
 
 
 @rule("aten.unsqueeze")
@@ -165,7 +150,7 @@ def unbind(t: Tracer, node: fx.Node) -> Result:
     return [axes[:d] + axes[d + 1 :]] * size_of(axes[d])
 
 
-@rule("aten.slice", "aten.narrow")
+@rule("aten.slice")
 def cut(t: Tracer, node: fx.Node) -> Result:
     """A range of an axis is one part of a concatenation; start and end follow the parts before it."""
     axes = list(t.of(node.args[0]))
@@ -178,28 +163,31 @@ def cut(t: Tracer, node: fx.Node) -> Result:
         t.pin(axes[d], f"{node.name} takes every n-th or a computed range")
         axes[d] = t.pinned(node, f"a computed range at {node.name}")[d]
         return tuple(axes)
-    start = start + size if start < 0 else start
+    start = max(start + size, 0) if start < 0 else start
     sizes = [start, length, size - start - length]
     parts = t.split(axes[d], [s for s in sizes if s])
     before = (parts[0],) if start else ()
     axes[d] = parts[len(before)]
-    _range_constants(t, node, before, axes[d])
+    _range_constants(t, node, before, axes[d], tuple(parts[len(before) + 1 :]))
     return tuple(axes)
 
 
-def _range_constants(t: Tracer, node: fx.Node, before: tuple[Axis, ...], part: Axis) -> None:
+def _range_constants(t: Tracer, node: fx.Node, before: tuple[Axis, ...], part: Axis, after: tuple[Axis, ...]) -> None:
+    """Start and end follow the parts before them, negative ones those behind."""
     start, end = argument(node, "start"), argument(node, "end")
-    if before:
+    if before and start < 0:
+        t.constant(node, place(node, "start"), part, *after, sign=-1)
+    elif before:
         t.constant(node, place(node, "start"), *before)
-    if isinstance(end, int):
+    if isinstance(end, int) and end < 0:
+        t.constant(node, place(node, "end"), *after, sign=-1)
+    elif isinstance(end, int):
         t.constant(node, place(node, "end"), *before, part)
-    elif isinstance(argument(node, "length"), int):
-        t.constant(node, place(node, "length"), part)
     elif end is not None or not isinstance(start, (int, type(None))):
         t.pin(part, f"{node.name} takes a computed range")
 
 
-@rule("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split", "aten.split_copy")
+@rule("aten.split", "aten.split_with_sizes", "aten.split_copy")
 def split(t: Tracer, node: fx.Node) -> Result:
     """All parts of an axis that is their concatenation."""
     axes, values = t.of(node.args[0]), node.meta["val"]

@@ -6,7 +6,7 @@ from math import prod
 
 from torch import fx
 
-from ..atoms import Axis
+from ..atoms import Axis, MisalignedError
 from ..axes import Result, Tracer
 from ..nodes import argument
 from .registry import place, rule
@@ -44,12 +44,12 @@ def last_axes(t: Tracer, node: fx.Node) -> Result:
     return _results(t, node, axes)
 
 
-@rule("aten.batch_norm", "aten._native_batch_norm_legit_no_training", "aten._batch_norm_no_update", "aten.cudnn_batch_norm", "aten.native_batch_norm")
+@rule("aten._native_batch_norm_legit_no_training", "aten._batch_norm_no_update")
 def batch(t: Tracer, node: fx.Node) -> Result:
     """One statistic a channel (axis 1): no channel sees another."""
     axes = t.of(node.args[0])
     if argument(node, "training"):
-        return t.pinned(node, "a batch norm in training mode")
+        raise MisalignedError  # it would average over the batch
     _affine(t, node, axes[1:2])
     return _results(t, node, axes)
 
@@ -76,7 +76,7 @@ def grouped(t: Tracer, node: fx.Node) -> Result:
         t.pin(axis, f"{node.name} averages over it")
     if name == "group":
         if prod(map(int, node.meta["val"][0].shape[2:])) != argument(node, "HxW"):
-            return t.pinned(node, "native_group_norm over unusual axes")
+            raise MisalignedError
         t.constant(node, place(node, "C"), axes[1])
     _affine(t, node, axes[1:2])
     return _results(t, node, axes)

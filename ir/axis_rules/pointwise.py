@@ -19,8 +19,7 @@ def is_pointwise(node: fx.Node) -> bool:
 
 
 @rule("pointwise", "aten.where", "aten.masked_fill", "aten.lerp", "aten.addcmul", "aten.addcdiv", "aten.clamp", "aten.hardtanh", "aten.hardswish",
-      "aten.hardsigmoid", "aten.relu6", "aten.prelu_functional", "aten.__and__",
-      "aten.__or__", "aten.type_as")  # fmt: skip
+      "aten.hardsigmoid", "aten.relu6", "aten._prelu_kernel", "aten.__and__", "aten.__or__")  # fmt: skip
 def pointwise(t: Tracer, node: fx.Node) -> Result:
     """All tensor arguments broadcast."""
     tensors = [a for a in pytree.tree_leaves((node.args, node.kwargs), is_leaf=_is_node) if _is_tensor(a)]
@@ -35,9 +34,8 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
 
-@rule("aten.clone", "aten.alias", "aten.detach", "aten.contiguous", "aten._to_copy", "aten.to", "aten.lift_fresh_copy", "aten.dropout", "aten.feature_dropout",
-      "aten.alpha_dropout", "aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like", "aten.rand_like", "aten.randn_like", "aten.bernoulli",
-      "aten.fill", "aten.positive", "aten.float", "aten.double", "aten.half", "aten.type", "aten.view_as", "aten.lift_fresh", "aten.lift")  # fmt: skip
+@rule("aten.clone", "aten.alias", "aten.detach", "aten._to_copy", "aten.zeros_like", "aten.ones_like", "aten.full_like",
+      "aten.empty_like", "aten.rand_like", "aten.randn_like", "aten.bernoulli", "aten.fill", "aten.type_as")  # fmt: skip
 def same(t: Tracer, node: fx.Node) -> Result:
     """The first argument's axes."""
     return t.of(node.args[0])
@@ -74,7 +72,7 @@ def gated(t: Tracer, node: fx.Node) -> Result:
     return tuple(axes)
 
 
-@rule("aten.prelu", "aten._prelu_kernel")
+@rule("aten.prelu")
 def prelu(t: Tracer, node: fx.Node) -> Result:
     """One slope, or one a channel (axis 1)."""
     x, slope = t.of(node.args[0]), t.of(node.args[1])

@@ -26,7 +26,8 @@ def averaged(t: Tracer, node: fx.Node) -> Result:
     return _reduced(t, node, over)
 
 
-@rule("aten.amax", "aten.amin", "aten.max", "aten.min", "aten.prod", "aten.any", "aten.all", "aten.logsumexp", "aten.argmax", "aten.argmin", "aten.median")
+@rule("aten.amax", "aten.amin", "aten.max", "aten.min", "aten.prod", "aten.any", "aten.all", "aten.logsumexp", "aten.argmax", "aten.argmin", "aten.median",
+      "aten.kthvalue", "aten.mode")  # fmt: skip
 def selected(t: Tracer, node: fx.Node) -> Result:
     """A zeroed index could win or lose: the axis is pinned. The binary forms of max and min are element-wise."""
     if isinstance(argument(node, "other"), fx.Node):
