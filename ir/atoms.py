@@ -236,6 +236,17 @@ def leaves(axis: Sequence[Atom]) -> Iterator[Atom]:
             yield from leaves(part)
 
 
+def squared(axis: Sequence[Atom]) -> Iterator[Atom]:
+    """Leaves that one position of the axis belongs to twice, at different indices."""
+    seen: set[Atom] = set()
+    for atom in factors(axis):
+        own = set(leaves((atom,)))
+        yield from seen & own
+        seen |= own
+        for part in atom.parts:
+            yield from squared(part)
+
+
 def text(axis: Axis, names: dict[Atom, str] | None = None) -> str:
     """The axis as text: `4x8`, `(32|32)x2`, `1`."""
     names = names or {}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .atoms import Algebra, Atom, Axis, Kind, MisalignedError, factors, leaves, size_of, text
+from .atoms import Algebra, Atom, Axis, Kind, MisalignedError, factors, leaves, size_of, squared, text
 from .nodes import get_tensor, op_name
 from .program import Program
 from .weights import AliasClasses, alias_classes
@@ -304,7 +304,7 @@ class Tracer(Algebra):
         for tensor, axes in self.tensors.items():
             for dim, axis in enumerate(axes):
                 counts = Counter(leaves(axis))
-                for leaf in _squared(axis):
+                for leaf in squared(axis):
                     leaf.pins.append(f"{tensor}[{dim}] holds it against itself")
                 for i, leaf in enumerate(counts):
                     positions = int((labels(axis, leaf) == 0).sum())
@@ -320,17 +320,6 @@ def hint(size: int | torch.SymInt) -> int:
         return size
     known = size.node.hint
     return int(known) if known is not None else 2**61 - 1
-
-
-def _squared(axis: Sequence[Atom]) -> Iterator[Atom]:
-    """Leaves that one position of the axis belongs to twice, at different indices."""
-    seen: set[Atom] = set()
-    for atom in factors(axis):
-        own = set(leaves((atom,)))
-        yield from seen & own
-        seen |= own
-        for part in atom.parts:
-            yield from _squared(part)
 
 
 def _holds_tensor(value: Any) -> bool:

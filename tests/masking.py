@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ def difference(got: list[Tensor], wanted: list[Tensor]) -> float:
     return worst
 
 
-def resized(program: Program, kept: dict[str, Iterable[int]]) -> Program:
+def resized(program: Program, kept: Mapping[str, Iterable[int]]) -> Program:
     """A clone that keeps only the given indices of the classes of those names."""
     result = program.clone()
     analysis = analyze_axes(result)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from fxpress.ir.axis_rules.registry import RULES
 from fxpress.ir.errors import SpecError
 from fxpress.ir.formats.base import WeightFormat, format_class, format_names, parse_format
 from fxpress.ir.spec import Options, parse_spec
@@ -100,6 +101,14 @@ def test_formats(name: str) -> None:
     assert parse_format(built.to_spec()) == built
     assert cls.from_dict(built.to_dict()) == built
     assert (ROOT / "tests" / "ir" / "formats" / f"test_{name}.py").exists()
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_axis_rules(name: str) -> None:
+    stem = RULES[name].__module__.rpartition(".")[2]
+    twin = ROOT / "tests" / "ir" / "axis_rules" / f"test_{stem}.py"
+    if name != "pointwise":  # the rule of every operator that torch tags as element-wise
+        assert f'"{name.removesuffix(".self_int")}"' in twin.read_text(encoding="utf-8"), f"{relative(twin)} has no case for {name}"
 
 
 def fast_paths() -> list[Path]:

@@ -93,6 +93,26 @@ class Conv1dNet(nn.Module):
         return self.head(torch.relu(self.conv2(torch.relu(self.conv1(x)))).mean(-1))
 
 
+class UNet(nn.Module):
+    """One level down and up again, the skip concatenated with two upsampled tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(3, 6, 3, padding=1)
+        self.down = nn.Conv2d(6, 8, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
+        self.merge = nn.Conv2d(18, 6, 3, padding=1)
+        self.leave = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, 3, H, W] -> [B, 2, H, W]`."""
+        skip = torch.relu(self.enter(x))
+        deep = torch.relu(self.norm(self.down(skip)))
+        joined = torch.cat([skip, self.up(deep), nn.functional.interpolate(deep, scale_factor=2.0)], 1)
+        return self.leave(torch.relu(self.merge(joined)))
+
+
 class Repeated(nn.Module):
     """One linear applied three times: three sites share a weight and a bias."""
 
@@ -233,6 +253,7 @@ BUILDERS: dict[str, Callable[[], TinyModel]] = {
     "grouped": lambda: _plain(ConvNet(groups=2), randn(2, 3, 12, 12)),
     "depthwise": lambda: _plain(ConvNet(groups=8), randn(2, 3, 12, 12)),
     "conv1d": lambda: _plain(Conv1dNet(), randn(2, 2, 24), other=randn(3, 2, 30, seed=1), axes={0: _batch(), 1: Dim.STATIC, 2: Dim("time", min=4, max=128)}),
+    "unet": lambda: _plain(UNet(), randn(2, 3, 8, 8), other=randn(3, 3, 8, 8, seed=1), axes={0: _batch()}),
     "repeated": lambda: _plain(Repeated(), randn(3, 4), other=randn(5, 4, seed=1), axes={0: _batch()}),
     "embedding": lambda: _plain(EmbeddingNet(), tokens(2, 6, 24), other=tokens(3, 9, 24, seed=1), axes={0: _batch(), 1: Dim("length", min=1, max=64)}),
     "llama": _llama,
@@ -246,7 +267,7 @@ BUILDERS: dict[str, Callable[[], TinyModel]] = {
     "convnext": _convnext,
     "mobilenet_v2": _mobilenet_v2,
 }  # fmt: skip
-SMALL = ("mlp", "conv", "grouped", "depthwise", "conv1d", "repeated", "embedding")
+SMALL = ("mlp", "conv", "grouped", "depthwise", "conv1d", "unet", "repeated", "embedding")
 TRANSFORMERS = tuple(name for name in BUILDERS if name not in SMALL)
 
 
