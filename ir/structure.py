@@ -11,14 +11,20 @@ from torch import fx
 
 from .atoms import Atom
 from .axes import AxisAnalysis, AxisClass, analyze_axes
+from .axis_rules.pointwise import is_pointwise
 from .finders.attention import Attention, find_attentions
 from .finders.feed_forward import FeedForward, find_feed_forwards
 from .finders.flow import CONV, SAME, Flow, short_name
+from .finders.norms import ConvNorm, NormLinear, find_conv_norms, find_norm_linears
 from .finders.residual import Block, BlockKind, Residual, find_residuals, find_sums, make_blocks, residual_leaves
+from .finders.scale_pairs import ScaleKind, ScalePair, find_scale_pairs
 from .program import Program
 from .sites import SiteKind, WeightSite
+from .structure_text import Line, structure_tree
 
-__all__ = ["Attention", "Block", "BlockKind", "FeedForward", "Residual", "Role", "Structure", "find_structure"]
+__all__ = [
+    "Attention", "Block", "BlockKind", "ConvNorm", "FeedForward", "NormLinear", "Residual", "Role", "ScaleKind", "ScalePair", "Structure", "find_structure",
+]  # fmt: skip
 
 
 class Role(Enum):
@@ -43,6 +49,9 @@ class Structure:
     blocks: tuple[Block, ...]
     attentions: tuple[Attention, ...]
     feed_forwards: tuple[FeedForward, ...]
+    conv_norms: tuple[ConvNorm, ...]
+    norm_linears: tuple[NormLinear, ...]
+    scale_pairs: tuple[ScalePair, ...]
     embeddings: tuple[WeightSite, ...]
     heads: tuple[WeightSite, ...]
     roles: Mapping[AxisClass, Role]
@@ -66,6 +75,14 @@ class Structure:
         count = max((b.layer for b in self.blocks), default=-1) + 1
         return tuple(tuple(b for b in self.blocks if b.layer == i) for i in range(count))
 
+    def tree(self) -> Line:
+        """The structure as a tree of lines."""
+        return structure_tree(self)
+
+    def to_text(self) -> str:
+        """The tree as text."""
+        return self.tree().draw()
+
 
 def find_structure(program: Program, analysis: AxisAnalysis | None = None) -> Structure:
     """The structure of `program`; `analysis` is that of the program as it stands now, made here when not given."""
@@ -76,9 +93,11 @@ def find_structure(program: Program, analysis: AxisAnalysis | None = None) -> St
     residuals, stream_of = find_residuals(flow, sums)
     used = {c.atom for a in attentions for c in (*_head_classes(a), *a.qk_dims, *a.v_dims)}
     feed_forwards = find_feed_forwards(flow, used | residual_leaves(residuals))
+    conv_norms, norm_linears = find_conv_norms(flow), find_norm_linears(flow)
     blocks = make_blocks(flow, sums, stream_of, attentions, feed_forwards)
     return Structure(
         analysis=analysis, residuals=residuals, blocks=blocks, attentions=attentions, feed_forwards=feed_forwards,
+        conv_norms=conv_norms, norm_linears=norm_linears, scale_pairs=find_scale_pairs(flow, attentions, norm_linears, conv_norms),
         embeddings=tuple(s for s in flow.sites.values() if s.kind is SiteKind.EMBEDDING), heads=_output_sites(flow),
         roles=_roles(flow, residuals, attentions, feed_forwards), _layers=_class_layers(flow, blocks, residual_leaves(residuals)),
     )  # fmt: skip
@@ -118,6 +137,10 @@ def _class_layers(flow: Flow, blocks: tuple[Block, ...], streams: set[Atom]) -> 
 
 
 def _output_sites(flow: Flow) -> tuple[WeightSite, ...]:
-    """Sites whose out axis is an axis of an output."""
-    ends = [flow.walk_back(n, lambda n: n in flow.sites or short_name(n) not in SAME)[1] for n in flow.nodes[-1].all_input_nodes if n in flow.live]
+    """Sites that make an output, alone but for element-wise operators."""
+
+    def stop(node: fx.Node) -> bool:
+        return node in flow.sites or not (short_name(node) in SAME or is_pointwise(node)) or len(flow.live_inputs(node)) != 1
+
+    ends = [flow.walk_back(n, stop)[1] for n in flow.nodes[-1].all_input_nodes if n in flow.live]
     return tuple(flow.sites[n] for n in dict.fromkeys(e for found in ends for e in found) if n in flow.sites)

@@ -82,11 +82,12 @@ def diff(
 def show(
     what: Annotated[str, typer.Argument(help="artefact folder, or a model as for optimize")],
     sites: Annotated[bool, typer.Option("--sites", help="list the weight sites instead of the graph")] = False,
+    structure: Annotated[bool, typer.Option("--structure", help="show layers, attention, feed-forward networks and axis classes instead of the graph")] = False,
 ) -> None:
-    """Print a program as text, or its weight sites as a table."""
+    """Print a program as text, its weight sites as a table, or its structure as a tree."""
     from .commands import run_show
 
-    run_show(what, sites=sites)
+    run_show(what, sites=sites, structure=structure)
 
 
 @app.command()

@@ -11,7 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..ir.errors import SpecError
 from ..ir.program import Program
+from ..ir.structure import find_structure
 from ..passes.base import SitePass, pass_class, pass_names
 from .optimize import optimize
 from .sources import load_source
@@ -75,9 +77,14 @@ def run_diff(before: str, after: str, html: Path | None) -> bool:
     return not diff.is_empty
 
 
-def run_show(what: str, *, sites: bool) -> None:
-    """Print the graph, or a table of sites."""
+def run_show(what: str, *, sites: bool, structure: bool = False) -> None:
+    """Print the graph, a table of sites, or the structure as a tree."""
+    if sites and structure:
+        raise SpecError("show: --sites and --structure are two views; give one of them")
     program = load_program(what)
+    if structure:
+        typer.echo(find_structure(program).to_text())
+        return
     if not sites:
         typer.echo(program.to_text())
         return

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from ..atoms import Atom, Axis, leaves
 from ..axes import AxisAnalysis, AxisClass
-from ..nodes import argument, op_name
+from ..nodes import op_name
 from ..sites import SiteKind, WeightSite
 
 LINEAR = (SiteKind.LINEAR, SiteKind.ADDMM, SiteKind.MM)
@@ -35,6 +35,7 @@ class Flow:
         self.index = {node: i for i, node in enumerate(self.nodes)}
         self.sites: dict[fx.Node, WeightSite] = {s.node: s for s in self.program.sites()}
         self._classes = {c.atom: c for c in analysis.classes}
+        self._unruled = {node for node, _ in analysis.unruled}
         self.live: set[fx.Node] = set()
         for node in self.nodes:
             if node in self.sites or _is_float_input(node) or any(i in self.live for i in node.all_input_nodes):
@@ -81,8 +82,8 @@ class Flow:
         return [n for n in node.all_input_nodes if n in self.live]
 
     def mixes(self, node: fx.Node) -> bool:
-        """Whether the node multiplies two activations and sums: walks do not pass it."""
-        return node in self.analysis.work and node not in self.sites
+        """Whether the node multiplies and sums, or brings activations together in an unknown way: walks do not pass it."""
+        return node not in self.sites and (node in self.analysis.work or (node in self._unruled and len(self.live_inputs(node)) > 1))
 
     def walk_back(self, start: fx.Node, stop: Callable[[fx.Node], bool]) -> tuple[list[fx.Node], list[fx.Node]]:
         """Live ancestors of `start` (with itself), nearest first, not past nodes for which `stop` holds: `(passed, stopped at)`."""
@@ -191,6 +192,6 @@ def short_name(node: fx.Node) -> str:
     return ".".join(op_name(node).split(".")[:2])
 
 
-def size_argument(node: fx.Node, name: str) -> Any:
-    """Argument of an operator, None for Python functions such as getitem."""
-    return argument(node, name) if isinstance(node.target, torch._ops.OpOverload) else None
+def stored_name(node: Any) -> str | None:
+    """Name of the tensor a `get_attr` node reads, None for anything else."""
+    return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None

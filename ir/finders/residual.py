@@ -187,7 +187,8 @@ def make_blocks(
     from .layers import number_layers
 
     drafts = [_parts(flow, one, attentions, feed_forwards) for one in sums]
-    layers = number_layers([d["sites"] for d in drafts], [stream_of[s.node] for s in sums], [d["kind"] is BlockKind.ATTENTION for d in drafts])
+    halves = [bool(d["attentions"]) and not d["feed_forwards"] for d in drafts]
+    layers = number_layers([d["sites"] for d in drafts], [stream_of[s.node] for s in sums], halves)
     return tuple(
         Block(layer=layer, index=i, residual=stream_of[s.node], path=path, why_not=s.refusal, node=s.node, stream=s.stream, branch=s.branch, **draft)
         for i, (s, draft, (layer, path)) in enumerate(zip(sums, drafts, layers, strict=True))

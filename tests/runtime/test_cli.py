@@ -52,6 +52,16 @@ def test_optimize_show_and_diff_on_a_factory(factory: Path) -> None:
     assert CliRunner().invoke(app, ["diff", "shop:net", "shop:net", "--fail-on-change"]).exit_code == 0
 
 
+def test_show_structure(factory: Path) -> None:
+    lines = run("show", "shop:net", "--structure").splitlines()
+    assert lines[0] == "0 layers, 0 residual blocks, 3 axis classes (1 free)"
+    assert [line.strip("│├└─ ") for line in lines[1:]] == [
+        "outside of blocks", "feed-forward, relu", "up 0: linear [32, 16]", "down 2: linear [8, 32]", "ffn, size 32: 0.weight[0], in 3 tensors",
+        "other axis classes", "no role, size 16: 0.weight[1], in 1 tensor; pinned: an input of the model",
+        "no role, size 8: 2.weight[0], in 2 tensors; pinned: an output of the model", "every operator has an axis rule",
+    ]  # fmt: skip
+
+
 def test_recipe_checkpoint_and_dry_run(factory: Path) -> None:
     Path("r.yaml").write_text("passes:\n  - quantize_gptq: {bits: 4}\n")
     text = run("optimize", "shop:net", "--recipe", "r.yaml", "--dry-run")
@@ -101,6 +111,7 @@ def test_doctor_passes_here() -> None:
         (["optimize", "shop:net", "-p", "fold_afine"], "did you mean 'fold_affine'"),
         (["passes", "nothing"], "unknown pass 'nothing'"),
         (["show", "."], "not a Hugging Face folder"),
+        (["show", "shop:net", "--sites", "--structure"], "give one of them"),
     ],
 )
 def test_errors_are_one_line_and_exit_with_2(factory: Path, arguments: list[str], message: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
