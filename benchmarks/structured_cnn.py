@@ -4,9 +4,9 @@
     pip install --no-deps torch-pruning==1.6.1    (the peer; not a dependency of fxpress)
     python benchmarks/structured_cnn.py [cnn] [resnet18] [--seeds 3 1] [--steps 300] [--fresh]
 
-Torch-Pruning's ratio is bisected until its multiply-adds meet ours. All pruned nets are recovered by the `recover` pass on the same batches and, as a
-check, at the first seed, by a plain PyTorch loop with batch norm live. Recoveries are kept in the cache folder as they finish, so a run that was
-killed goes on where it was. Writes benchmarks/results/structured_cnn.json.
+Torch-Pruning's ratio is bisected until its multiply-adds meet ours. All pruned nets are recovered by the `recover` pass on the same batches, at the
+learning rate of three that does best for each on held-out images, and, as a check, by a plain PyTorch loop with batch norm live. Recoveries are kept
+in the cache folder as they finish, so a run that was killed goes on where it was. Writes benchmarks/results/structured_cnn.json.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +42,7 @@ from fxpress.runtime.zoo_images import fashion_mnist
 RESULTS = Path(__file__).with_name("results") / "structured_cnn.json"
 PRUNE = "prune_structured{macs=0.5,multiple_of=4}"
 PEERS = {"Torch-Pruning GroupTaylor": "taylor", "Torch-Pruning GroupMagnitude": "magnitude"}  # ranked over the whole net, as ours
+RATES = (1e-4, 3e-4, 1e-3)
 BATCHES = {"dynamic_shapes": {"x": {0: torch.export.Dim("batch")}}}
 
 
@@ -49,7 +50,8 @@ BATCHES = {"dynamic_shapes": {"x": {0: torch.export.Dim("batch")}}}
 class Row:
     """One net under one method; accuracies in percent of the test images, one a seed after recovery.
 
-    `prune_seconds` of Torch-Pruning hold its whole search for the ratio that meets the multiply-adds; `settings` are where that ended.
+    `prune_seconds` of Torch-Pruning hold its whole search for the ratio that meets the multiply-adds; `settings` are where that ended. `rates`: accuracy on the
+    validation images by learning rate, which chose the rate.
     """
 
     net: str
@@ -59,10 +61,10 @@ class Row:
     before: float
     prune_seconds: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
+    rates: dict[float, float] = field(default_factory=dict)
     recovered: list[float] = field(default_factory=list)
     recover_seconds: list[float] = field(default_factory=list)
-    plain_loop: list[float] = field(default_factory=list)
-    plain_loop_seconds: list[float] = field(default_factory=list)
+    plain_loop: float | None = None
 
 
 def prune_all(model: nn.Module, dense: Program, data: list[Batch]) -> dict[str, tuple[Program, float, dict[str, Any]]]:
@@ -90,8 +92,7 @@ def measure_net(name: str, seeds: int, settings: Recovery, kept: Path) -> tuple[
     for row in rows[1:]:
         _, row.prune_seconds, row.settings = pruned[row.method]
         print(f"{name}, {row.method}: {row.macs / rows[0].macs:.3f} of the multiply-adds, {row.before:.2f} % before recovery", flush=True)
-        for seed in range(seeds):
-            recover_row(row, programs[row.method], dense, settings, seed, kept)
+        recover_row(row, programs[row.method], dense, settings, seeds, kept)
     return rows, [{"net": name, **timing} for timing in onnx_latency(programs)]
 
 
@@ -102,25 +103,39 @@ def row_of(net: str, method: str, program: Program) -> Row:
     return Row(net=net, method=method, macs=macs(program, x), parameters=weights, before=accuracy(program, x, y))
 
 
-def recover_row(row: Row, pruned: Program, dense: Program, settings: Recovery, seed: int, kept: Path) -> None:
-    """Recover by the pass and, at the first seed, by the plain loop, unless an earlier run of the same settings did."""
-    test = fashion_mnist("test")
-    found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-    ways: dict[str, Callable[..., Any]] = {"recovered": partial(by_recover, seed=seed)}
-    if seed == 0:
-        ways["plain_loop"] = by_plain_loop
-    for way, recover in ways.items():
-        key = f"{row.net} {row.method} {way} seed {seed} {row.settings} {settings} macs {row.macs} before {row.before}"
-        if key not in found:
-            work = recovery_data(settings, seed)
-            began = time.perf_counter()
-            small = recover(pruned, dense, work, settings)
-            seconds = time.perf_counter() - began
-            found[key] = [accuracy(small, *test), seconds]
-            kept.write_text(json.dumps(found, indent=1), encoding="utf-8")
-        getattr(row, way).append(found[key][0])
-        getattr(row, f"{way}_seconds" if way == "plain_loop" else "recover_seconds").append(found[key][1])
-        print(f"{row.net}, {row.method}, {way}, seed {seed}: {found[key][0]:.2f} %, {found[key][1]:.0f} s", flush=True)
+def recover_row(row: Row, pruned: Program, dense: Program, settings: Recovery, seeds: int, kept: Path) -> None:
+    """Recover by the pass, at the learning rate that did best on the validation images at the first seed; at that seed also by the plain loop."""
+
+    def recovered(way: str, rate: float, seed: int) -> dict[str, float]:
+        own = replace(settings, lr=rate)
+        ways: dict[str, Callable[..., Any]] = {"recover": partial(by_recover, seed=seed), "plain loop": by_plain_loop}
+        key = f"{row.net} {row.method} {way} seed {seed} {row.settings} {own} macs {row.macs} before {row.before}"
+        return remembered(kept, key, lambda: _measure(lambda: ways[way](pruned, dense, recovery_data(own, seed), own)))
+
+    row.rates = {rate: recovered("recover", rate, 0)["validation"] for rate in RATES}
+    best = max(RATES, key=lambda rate: row.rates[rate])
+    for seed in range(seeds):
+        found = recovered("recover", best, seed)
+        row.recovered.append(found["test"])
+        row.recover_seconds.append(found["seconds"])
+    row.plain_loop = recovered("plain loop", best, 0)["test"]
+
+
+def _measure(recover: Callable[[], Any]) -> dict[str, float]:
+    began = time.perf_counter()
+    small = recover()
+    seconds = time.perf_counter() - began
+    return {"validation": accuracy(small, *fashion_mnist("validation")), "test": accuracy(small, *fashion_mnist("test")), "seconds": seconds}
+
+
+def remembered(kept: Path, key: str, work: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What an earlier run found under this key, else what `work` finds."""
+    found: dict[str, dict[str, float]] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    if key not in found:
+        found[key] = work()
+        kept.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        print(f"{key}: {found[key]}", flush=True)
+    return found[key]
 
 
 def onnx_latency(programs: dict[str, Program]) -> list[dict[str, Any]]:
@@ -145,7 +160,8 @@ def tables(rows: list[Row], timings: list[dict[str, Any]]) -> str:
     """Two markdown tables."""
     lines = ["| net | method | MACs | parameters | before | `recover` | plain loop | prune s | recover s |", "|---|---|---|---|---|---|---|---|---|"]
     for r in rows:
-        after, plain = (f"{mean(v):.2f} ({min(v):.2f} to {max(v):.2f})" if v else "-" for v in (r.recovered, r.plain_loop))
+        after = f"{mean(r.recovered):.2f} ({min(r.recovered):.2f} to {max(r.recovered):.2f})" if r.recovered else "-"
+        plain = f"{r.plain_loop:.2f}" if r.plain_loop is not None else "-"
         took = f"{mean(r.recover_seconds):.0f}" if r.recover_seconds else "-"
         lines.append(
             f"| {r.net} | {r.method} | {r.macs / 1e6:.2f}M | {r.parameters / 1e3:.0f}k | {r.before:.2f} | {after} | {plain} | {r.prune_seconds:.1f} | {took} |"
@@ -181,7 +197,7 @@ def main() -> None:
     print(tables(rows, timings))
     packages = ("torch", "torch-pruning", "onnxruntime", "fxpress")
     record = {
-        "settings": {"prune": PRUNE, "recover": settings.spec(), "batch": settings.batch},
+        "settings": {"prune": PRUNE, "recover": settings.spec(), "rates": RATES, "batch": settings.batch},
         "training": {net: load_trained(net)[1] for net in arguments.nets},
         "rows": [asdict(r) for r in rows],
         "onnxruntime": timings,
