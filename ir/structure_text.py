@@ -117,16 +117,18 @@ class _Tree:
         return [c for c in self.structure.roles if any((o.tensor, o.dim) in held for o in c.occurrences)]
 
     def rest(self, left: list[AxisClass]) -> Iterator[Line]:
-        """The remaining classes; many that are pinned for like reasons (kernels, pixels) are one line."""
+        """The remaining classes; many without a role that are pinned for one reason (but for the node or tensor it names) are one line."""
+        names = {n.name for n in self.analysis.axes} | set(self.analysis.tensors)
         like: dict[str, list[AxisClass]] = defaultdict(list)
         for one in left:
             if one.pinned and self.structure.role_of(one) is None:
-                like[one.pinned[0].partition(" of ")[0]].append(one)
-        many = {c: reason for reason, group in like.items() if len(group) > MANY for c in group}
-        yield from (self.one_class(c) for c in left if c not in many)
-        for reason in dict.fromkeys(many.values()):
-            sizes = " or ".join(map(str, sorted({c.size for c in like[reason]})))
-            yield Line(f"no role, {len(like[reason])} classes of size {sizes}; pinned: {reason} of {like[reason][0].pinned[0].partition(' of ')[2]} and so on")
+                like[" ".join("..." if word in names else word for word in one.pinned[0].split())].append(one)
+        many = {reason: group for reason, group in like.items() if len(group) > MANY}
+        folded = {c for group in many.values() for c in group}
+        yield from (self.one_class(c) for c in left if c not in folded)
+        for reason, group in many.items():
+            low, high = min(c.size for c in group), max(c.size for c in group)
+            yield Line(f"no role, {len(group)} classes of size {low if low == high else f'{low} to {high}'}; pinned: {reason}")
 
     def classes(self, found: Iterable[AxisClass]) -> Iterator[Line]:
         for one in dict.fromkeys(found):

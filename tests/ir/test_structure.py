@@ -5,10 +5,13 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
+import torch
 
 from fxpress.ir.axes import AxisClass
+from fxpress.ir.capture import capture
 from fxpress.ir.structure import BlockKind, Role, Structure, find_structure
 from tests import tiny
+from tests.checks import assert_same
 
 LLAMAS = ("llama", "llama_tied", "llama_eager")
 LANGUAGE = (*LLAMAS, "opt", "gpt2", "bert")
@@ -149,3 +152,42 @@ def test_what_has_no_role() -> None:
     assert names(*structure.embeddings) == ["model.embed_tokens"]
     assert not structure_of("repeated").roles
     assert not structure_of("embedding").roles
+
+
+def test_text_names_pins_and_refusals() -> None:
+    lines = [line.strip("│├└─ ") for line in structure_of("resnet").to_text().splitlines()]
+    at = "resnet.encoder.stages.1.layers.0"
+    assert lines[0] == "2 layers, 2 residual blocks, 16 axis classes (4 free)"
+    assert f"convolution; cannot be dropped: its shortcut is a projection, {at}.shortcut.convolution" in lines
+    assert f"conv_out, size 16: {at}.shortcut.convolution.weight[0], in 11 tensors" in lines
+    assert "no role, size 5: classifier.1.weight[0], in 2 tensors; pinned: an output of the model" in lines
+    assert "no role, 10 classes of size 3 to 7; pinned: kernel of ..." in lines
+
+
+def test_text_lists_operators_without_a_rule() -> None:
+    class Sorted(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.trapezoid(x, dim=-1) + torch.searchsorted(x[0].contiguous(), x).sum(-1)
+
+    text = find_structure(capture(Sorted(), (tiny.randn(2, 4),))).to_text()
+    assert "operators without an axis rule" in text
+    assert "aten.searchsorted" in text
+
+
+@pytest.mark.parametrize("name", [*ENCODERS, "resnet", "convnext", "mobilenet_v2"])
+def test_dropping_a_block_is_zeroing_its_branch(name: str) -> None:
+    program = structure_of(name).analysis.program
+    for block in structure_of(name).blocks:
+        if block.droppable:
+            dropped, zeroed = program.clone(), program.clone()
+            nodes = {n.name: n for n in dropped.graph.nodes}
+            nodes[block.node.name].replace_all_uses_with(nodes[block.stream.name])
+            nodes = {n.name: n for n in zeroed.graph.nodes}
+            with zeroed.graph.inserting_after(nodes[block.branch.name]):
+                nothing = zeroed.graph.call_function(torch.ops.aten.mul.Tensor, (nodes[block.branch.name], 0.0))
+            nodes[block.node.name].replace_input_with(nodes[block.branch.name], nothing)
+            for one in (dropped, zeroed):
+                one.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
+                one.graph_module.recompile()
+            assert not {s.name for s in block.sites} & {s.name for s in dropped.sites()}, "its sites are gone with it"
+            assert_same(dropped.run_examples(), zeroed.run_examples())
