@@ -9,12 +9,13 @@ from torch import fx
 from ..atoms import Atom, leaves, size_of
 from ..axes import AxisClass
 from ..sites import WeightSite
-from .flow import LINEAR, Flow, short_name
+from .flow import LINEAR, SAME, Flow, short_name
 
 ACTIVATIONS = (
     "gelu", "silu", "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "mish", "softplus", "hardswish", "hardsigmoid", "hardtanh", "sigmoid", "tanh",
     "prelu", "_prelu_kernel", "log_sigmoid", "rrelu", "glu", "erf", "sin", "exp",
 )  # fmt: skip
+_LINEAR_OPS = SAME | {"aten.add"}  # between two linear sites these leave one linear map: a low-rank pair, not a hidden layer
 _CUTS = {"aten.slice", "aten.narrow", "aten.select"}
 
 
@@ -73,7 +74,7 @@ def _feed_forward(flow: Flow, down: WeightSite, taken: set[Atom]) -> FeedForward
     passed, ends = flow.walk_back(down.data, flow.is_end)
     ups = sorted((flow.sites[n] for n in ends if n in flow.sites and flow.out_leaves(flow.sites[n]) & wanted), key=lambda s: flow.index[s.node])
     hiddens = flow.classes(wanted & flow.out_leaves(*ups) - flow.in_leaves(*ups))
-    if not hiddens or any(s.kind not in LINEAR for s in ups):
+    if not hiddens or any(s.kind not in LINEAR for s in ups) or all(short_name(n) in _LINEAR_OPS for n in passed):
         return None
     gate, up = _halves(flow, passed, down) or (None, ups[0])
     return FeedForward(up, gate, down, tuple(ups), hiddens, _activation(passed))

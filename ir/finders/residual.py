@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from ..atoms import Atom, leaves
 from ..axes import AxisClass
+from ..nodes import argument
 from ..sites import WeightSite
 from .attention import Attention
 from .feed_forward import FeedForward
@@ -107,8 +108,11 @@ def _identity(flow: Flow, node: fx.Node) -> Sum | None:
 
 
 def _with_stream(flow: Flow, node: fx.Node, stream: fx.Node, branch: fx.Node) -> Sum | None:
-    """The sum, when the stream comes without a site from an activation that the branch comes from through a site."""
-    for fork in flow.walk_back(stream, lambda n: flow.is_end(n) and n is not stream)[0]:
+    """The sum, when the stream comes without a site from an activation that the branch comes from through a site, and the branch is for this sum alone."""
+    if len(branch.users) != 1:
+        return None
+    passed, ends = flow.walk_back(stream, flow.is_end)
+    for fork in (*passed, *ends):
         if flow.depends(branch, fork):
             region = _region(flow, stream, branch, fork)
             return Sum(node, stream, branch, fork, region, _refusal(node, stream)) if _computes(flow, region) and _channels(flow, node, branch) else None
@@ -152,8 +156,9 @@ def _channels(flow: Flow, node: fx.Node, branch: fx.Node) -> set[Atom]:
 
 def _refusal(node: fx.Node, stream: fx.Node) -> str:
     mine, other = stream.meta.get("val"), node.meta.get("val")
-    same = isinstance(mine, Tensor) and isinstance(other, Tensor) and mine.dtype == other.dtype
-    return "" if same else f"the stream has another type than {node.name}"
+    if not isinstance(mine, Tensor) or not isinstance(other, Tensor) or mine.dtype != other.dtype:
+        return f"the stream has another type than {node.name}"
+    return f"{node.name} scales its stream" if node.args[1] is stream and argument(node, "alpha") != 1 else ""
 
 
 def find_residuals(flow: Flow, sums: tuple[Sum, ...]) -> tuple[tuple[Residual, ...], dict[fx.Node, int]]:
@@ -173,11 +178,24 @@ def find_residuals(flow: Flow, sums: tuple[Sum, ...]) -> tuple[tuple[Residual, .
 
 def _residual(flow: Flow, index: int, chain: list[Sum]) -> Residual:
     writers = list(dict.fromkeys(s for one in chain for s in flow.writers(one.branch) if flow.out_leaves(s) & flow.leaves(one.node)))
-    classes = flow.classes(leaf for one in chain for leaf in _channels(flow, one.node, one.branch))
-    nodes = {n.name: n for n in flow.nodes}
-    reductions = [nodes[r] for c in classes for r in c.reductions if r in nodes]
-    first = chain[0]
-    return Residual(index, classes, tuple(writers), any("group_norm" not in n.name for n in reductions), first.fork, tuple(s.node for s in chain))
+    classes = _stream_classes(flow, chain)
+    return Residual(index, classes, tuple(writers), any(map(_norms, classes)), chain[0].fork, tuple(s.node for s in chain))
+
+
+def _stream_classes(flow: Flow, chain: list[Sum]) -> tuple[AxisClass, ...]:
+    """Classes on the axis that the blocks write; where blocks write different axes (token mixing), on the one that most norms go over."""
+    found: dict[Atom, int] = {}
+    for one in chain:
+        axes: Any = flow.analysis.axes[one.node]
+        written = _channels(flow, one.node, one.branch)
+        found |= {leaf: d for d, axis in enumerate(axes) for leaf in leaves(axis) if leaf in written}
+    norms = {d: max(_norms(c) for leaf, at in found.items() if at == d for c in flow.classes([leaf])) for d in found.values()}
+    return flow.classes(leaf for leaf, d in found.items() if norms[d] == max(norms.values()))
+
+
+def _norms(one: AxisClass) -> int:
+    """How many layer and root-mean-square norms go over the class."""
+    return sum("group_norm" not in name for name in one.reductions)
 
 
 def make_blocks(

@@ -5,9 +5,14 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
+from fxpress.ir.capture import capture
 from fxpress.ir.structure import BlockKind, Role, Structure, find_structure
 from tests import attention_models
+from tests.tiny import randn
 
 A, F = BlockKind.ATTENTION, BlockKind.FEED_FORWARD
 
@@ -105,3 +110,91 @@ def test_text_is_one_line_a_thing() -> None:
     assert "│   ├── feed-forward, gated, silu" in text or "│   └── feed-forward, gated, silu" in text
     assert "    ├── gate, up gate_up: linear [48, 32]" in "\n".join(text)
     assert text[-1] == "└── every operator has an axis rule"
+
+
+class Adapter(nn.Module):
+    """A hidden layer with a low-rank pair beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.a, self.b, self.down = nn.Linear(6, 24), nn.Linear(6, 2), nn.Linear(2, 24), nn.Linear(24, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, 6]`."""
+        return x + self.down(functional.gelu(self.up(x) + self.b(self.a(x))))
+
+
+class TokenMixer(nn.Module):
+    """One block mixes tokens, the other channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.norms, self.head = nn.Conv2d(3, 16, 4, 4), nn.ModuleList(nn.LayerNorm(16) for _ in range(2)), nn.Linear(16, 5)
+        self.tokens = nn.Sequential(nn.Linear(4, 10), nn.GELU(), nn.Linear(10, 4))
+        self.channels = nn.Sequential(nn.Linear(16, 40), nn.GELU(), nn.Linear(40, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, 3, 8, 8]`."""
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = x + self.tokens(self.norms[0](x).transpose(1, 2)).transpose(1, 2)
+        return self.head((x + self.channels(self.norms[1](x))).mean(1))
+
+
+class Scaled(nn.Module):
+    """The stream is scaled before one sum and by the other, and a table is added that depends on nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down, self.mix = nn.Linear(6, 16), nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 16)
+        self.table = nn.Parameter(torch.randn(4, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[4, 6]`."""
+        x = self.embed(x) + self.table
+        x = 0.5 * x + self.down(torch.relu(self.up(x)))
+        return torch.add(self.mix(x), x, alpha=0.5)
+
+
+class LongSkip(nn.Module):
+    """A block inside the branch of another, and joined features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, 3, 8, 8]`."""
+        outer = torch.relu(self.a(x))
+        inner = torch.relu(self.b(outer))
+        inner = inner + torch.relu(self.c(inner))
+        return self.d(torch.cat([functional.interpolate(inner, scale_factor=2.0) + outer, outer], 1))
+
+
+def captured(model: nn.Module, *shape: int) -> Structure:
+    return find_structure(capture(model.eval(), (randn(*shape),)))
+
+
+def test_a_low_rank_pair_is_no_hidden_layer_and_no_block() -> None:
+    structure = captured(Adapter(), 3, 6)
+    assert [(b.kind, names(*b.sites)) for b in structure.blocks] == [(F, ["up", "a", "b", "down"])]
+    assert [(names(*f.ups), f.hidden.size) for f in structure.feed_forwards] == [(["up", "b"], 24)]
+
+
+def test_token_mixing_does_not_make_tokens_residual() -> None:
+    structure = captured(TokenMixer(), 2, 3, 8, 8)
+    assert [(b.kind, b.droppable) for b in structure.blocks] == [(F, True), (F, True)]
+    assert [c.size for c in structure.with_role(Role.RESIDUAL)] == [16]
+    assert sorted(c.size for c in structure.with_role(Role.FFN)) == [10, 40]
+
+
+def test_scaled_streams() -> None:
+    structure = captured(Scaled(), 4, 6)
+    assert [(b.kind, b.droppable) for b in structure.blocks] == [(F, True), (BlockKind.OTHER, False)]
+    assert "scales its stream" in structure.blocks[1].why_not
+    assert len(structure.residuals) == 1
+
+
+def test_nested_blocks() -> None:
+    structure = captured(LongSkip(), 2, 3, 8, 8)
+    assert [(b.kind, names(*b.sites)) for b in structure.blocks] == [(BlockKind.CONVOLUTION, ["c"]), (BlockKind.CONVOLUTION, ["b", "c"])]
+    assert not structure.with_role(Role.RESIDUAL)
