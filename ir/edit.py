@@ -151,6 +151,15 @@ class Editor:
         self.program.graph.erase_node(node)
         self._journal(Action.REMOVED, why, before, None)
 
+    def drop_branch(self, node: fx.Node, stream: fx.Node, why: str) -> None:
+        """Let the users of `node` read `stream`, and remove everything that only `node` needed, each node journalled."""
+        self.bypass(node, stream, why)
+        sites = {s.node: s for s in find_sites(self.program)}
+        for dead in reversed(list(self.program.graph.nodes)):
+            if dead.op == "call_function" and not dead.users:
+                self._journal(Action.REMOVED, why, record(dead, sites.get(dead)), None)
+                self.program.graph.erase_node(dead)
+
     def set_bias(self, site: WeightSite, bias: Tensor, why: str) -> None:
         """Give a linear, addmm or conv site a bias `[N]`, replacing the stored one it has; sites that share the old bias keep it."""
         if (reason := _why_no_bias(site, bias)) is not None:
@@ -187,7 +196,7 @@ class Editor:
         for node in reversed(list(graph.nodes)):
             if node.op == "get_attr" and not node.users:
                 graph.erase_node(node)
-        graph.eliminate_dead_code()
+        graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))  # fx takes attention for impure
         used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         for name in [n for n, _ in named_tensors(self._module) if n not in used]:
             delete_tensor(self._module, name)

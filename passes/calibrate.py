@@ -148,13 +148,19 @@ class CalibrationWalk:
 
     def statistics(self, sites: Sequence[WeightSite], needs: Need) -> Statistics:
         """Statistics of the rows that `sites` (one group of `site_groups`) see, after running everything before the first."""
+        return self.folds(sites, needs, 1)[0]
+
+    def folds(self, sites: Sequence[WeightSite], needs: Need, count: int) -> list[Statistics]:
+        """As `statistics`, of `count` consecutive parts of every batch's rows, so that what is fitted on one can be judged on another."""
         self.run_before(sites[0].node)
-        statistics = Statistics()
+        found = [Statistics() for _ in range(count)]
         for values in self._values:
             for rows in site_rows(sites[0], values[sites[0].data]):
-                statistics.add(rows, needs)
-        statistics.finish()
-        return statistics
+                for statistics, part in zip(found, rows.tensor_split(count, dim=1), strict=True):
+                    statistics.add(part, needs)
+        for statistics in found:
+            statistics.finish()
+        return found
 
     def run_before(self, node: fx.Node) -> None:
         """Run every node before `node`."""

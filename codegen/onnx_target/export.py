@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 PROTOBUF_LIMIT = 1_900_000_000  # a protobuf message ends at 2 GiB
-GRAPH_BYTES_PER_NODE, GRAPH_BYTES = 200, 8192
+GRAPH_BYTES_PER_NODE, GRAPH_BYTES = 400, 8192
 
 
 @dataclass(frozen=True, kw_only=True)

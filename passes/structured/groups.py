@@ -1,0 +1,85 @@
+"""The groups a structured pass chooses among: axis classes with a role, and the weight sites that consume them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...ir.atoms import Axis, leaves
+from ...ir.axes import AxisAnalysis, AxisClass, labels
+from ...ir.program import Program
+from ...ir.sites import SiteKind, WeightSite
+from ...ir.structure import Role, Structure
+from ...ir.weights import AliasClasses, alias_classes
+
+
+@dataclass(frozen=True, eq=False)
+class Consumer:
+    """A site that multiplies by a class: `axis` is the class's axis among the columns of its matrix `[N, K]`, outside `kernel` positions."""
+
+    site: WeightSite
+    axis: Axis = field(repr=False)
+    kernel: int = 1
+
+    def columns(self, one: AxisClass) -> Tensor:
+        """Per column of the matrix the index of the class it belongs to, `[K] int64`, or -1."""
+        return labels(self.axis, one.atom).repeat_interleave(self.kernel)
+
+    def per_index(self, one: AxisClass, values: Tensor) -> Tensor:
+        """Sum `values [K]` over the columns of each index of the class: `[size] f32`."""
+        owner = self.columns(one)
+        return torch.zeros(one.size).index_add_(0, owner[owner >= 0], values.float()[owner >= 0])
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """A class that may be made smaller, with what it costs: `parameters` and `macs` are what removing one index saves."""
+
+    axis: AxisClass
+    role: Role
+    analysis: AxisAnalysis = field(repr=False)
+    consumers: tuple[Consumer, ...]
+    parameters: int
+    macs: int
+    layer: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The class's name: its first tensor and dimension."""
+        return self.axis.name
+
+    @property
+    def size(self) -> int:
+        """Number of indices."""
+        return self.axis.size
+
+
+def find_groups(program: Program, structure: Structure, roles: Sequence[Role]) -> list[Group]:
+    """A group for every unpinned class of one of the roles, in the order of the analysis."""
+    analysis = structure.analysis
+    inputs = consumers(program, analysis)
+    parameters, macs = analysis.parameters(), analysis.macs()
+    found = []
+    for one in analysis.classes:
+        role = structure.role_of(one)
+        if role not in roles or role is None or one.pinned or one.size < 2:
+            continue
+        fewer = {one.atom: torch.arange(one.size - 1)}
+        mine = tuple(c for c in inputs if one.atom in set(leaves(c.axis)))
+        saved = parameters - analysis.parameters(fewer), macs - analysis.macs(fewer)
+        found.append(Group(one, role, analysis, mine, *saved, structure.layer_of(one)))
+    return found
+
+
+def consumers(program: Program, analysis: AxisAnalysis) -> list[Consumer]:
+    """Every plain site with the axis of its inputs; the input channels of a grouped convolution are those of one group."""
+    aliases = alias_classes(program.graph_module)
+    return [_consumer(s, analysis, aliases) for s in program.sites() if not s.compressed and s.kind is not SiteKind.EMBEDDING]
+
+
+def _consumer(site: WeightSite, analysis: AxisAnalysis, aliases: AliasClasses) -> Consumer:
+    axes = analysis.tensors[aliases.of(site.tensors[0])[0]]
+    return Consumer(site, axes[site.in_axis], site.columns // site.shape[site.in_axis])

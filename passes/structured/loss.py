@@ -1,0 +1,22 @@
+"""The loss that gradients for importances are taken of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...ir.program import Program
+from ..examples import Example
+from ..losses import Criterion
+from ..tapped import Reply
+
+
+def example_loss(criterion: Criterion, program: Program, example: Example, reply: Reply, generator: torch.Generator) -> Tensor:
+    """The task's loss where the example has one (a label, a user's loss, next tokens), else a random projection of the outputs.
+
+    The gradient of the projection measures how sensitive the outputs are, without labels (Hutchinson's estimate of `||dy||^2`; ours).
+    """
+    if criterion.why_not(example) is None:
+        return criterion(example, program.inputs.flatten(*example.call), reply, None)
+    outputs = [leaf for leaf in reply.leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return torch.stack([(o.float() * torch.randn(o.shape, generator=generator)).sum() for o in outputs]).sum()

@@ -1,0 +1,47 @@
+"""How much the loss minds an error at the outputs of a site: mean squared output gradients, the diagonal Fisher information of its outputs.
+
+With them the output error of a layer becomes an estimate of the rise of the loss, which can be compared between layers
+(the weighting of Kim et al., "GuidedQuant", arXiv 2505.07004, equation 5, here with one weight an output channel).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...ir.nodes import get_tensor
+from ...ir.program import Program
+from ...ir.sites import SiteKind, WeightSite
+from ..context import Context
+from ..examples import training_data
+from ..losses import Criterion, Objective, find_language
+from ..tapped import Tapped
+from .loss import example_loss
+
+
+def output_sensitivity(program: Program, sites: Sequence[WeightSite], ctx: Context) -> dict[str, Tensor]:
+    """Per site `[N] f32`: `E[(dL/dy_n)^2]` over positions, `L` the summed loss of a batch."""
+    criterion = Criterion(objective=Objective.TASK, loss=ctx.loss, language=find_language(program))
+    runner = Tapped(program, [s.node.name for s in sites])
+    total = {s.name: torch.zeros(s.rows) for s in sites}
+    count = dict.fromkeys(total, 0)
+    generator = ctx.generator()
+    for example in ctx.track(training_data(ctx), "output sensitivity"):
+        weights = {s.tensors[0]: get_tensor(program.graph_module, s.tensors[0]).detach().clone().requires_grad_() for s in sites}
+        with torch.enable_grad():
+            reply = runner(example.call, weights)
+            slopes = torch.autograd.grad(example_loss(criterion, program, example, reply, generator), list(reply.hidden), allow_unused=True)
+        for site, slope in zip(sites, slopes, strict=True):
+            if slope is not None:
+                rows = _rows(site, slope).float()
+                total[site.name] += rows.square().sum(0)
+                count[site.name] += len(rows)
+    return {name: total[name] / max(1, count[name]) for name in total}
+
+
+def _rows(site: WeightSite, value: Tensor) -> Tensor:
+    """`[positions, N]`."""
+    convolution = site.kind in (SiteKind.CONV1D, SiteKind.CONV2D)
+    return (value.movedim(1, -1) if convolution else value).flatten(0, -2)
