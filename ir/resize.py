@@ -80,7 +80,8 @@ def _carry_out(editor: Editor, analysis: AxisAnalysis, choice: Choice) -> None:
     for node, axis in analysis.scales:
         if kept_size(axis, choice) != size_of(axis) and argument(node, "scale") is None:
             node.kwargs = {**node.kwargs, "scale": size_of(axis) ** -0.5}
-    _relax_views(editor.program.graph)
+    if any(_head_size_changes(analysis, node, choice) for node, _ in analysis.scales):
+        _relax_views(editor.program.graph)
     propagate(editor.program)
     _check_shapes(analysis, choice)
 
@@ -129,6 +130,12 @@ def _rewrite_splits(analysis: AxisAnalysis, choice: Choice) -> None:
         if sizes != [size_of(p) for p in parts]:
             dim = int(argument(node, "dim"))
             node.target, node.args, node.kwargs = torch.ops.aten.split_with_sizes.default, (node.args[0], sizes, dim), {}
+
+
+def _head_size_changes(analysis: AxisAnalysis, attention: fx.Node, choice: Choice) -> bool:
+    """Whether queries or values of the attention get narrower."""
+    ends = [analysis.axes[n][-1] for n in attention.args[:3]]  # type: ignore[index]
+    return any(kept_size(axis, choice) != size_of(axis) for axis in ends)
 
 
 def _relax_views(graph: fx.Graph) -> None:

@@ -17,13 +17,14 @@ from ..ir.axes import analyze_axes
 from ..ir.edit import Editor
 from ..ir.errors import PassError, SpecError
 from ..ir.program import Program
+from ..ir.sites import SiteKind
 from ..ir.spec import option
 from ..ir.structure import Role, find_structure
 from .base import Decision, Guarantee, Pass, Plan, SiteResult, Skip
 from .context import Context
 from .structured.amounts import Counts, Limits, Ranking, Schedule, choose_indices, ranked, refuse_budget, uniform
 from .structured.budgets import Budget, measure
-from .structured.compensate import Compensation, compensate
+from .structured.compensate import Compensation, compensate, why_not
 from .structured.groups import Group, find_groups
 from .structured.scores import Importance, Scores, comparable, score_groups
 
@@ -45,7 +46,7 @@ class PruneStructured(Pass):
     macs: float | None = option(None, gt=0.0, lt=1.0)
     latency: float | None = option(None, gt=0.0, lt=1.0)
     roles: tuple[Role, ...] = ()
-    importance: Importance = Importance.OBS
+    importance: Importance = Importance.OBS_FISHER
     compensation: Compensation = Compensation.AUTO
     ranking: Ranking = Ranking.GLOBAL
     multiple_of: int = option(8, ge=1)
@@ -79,9 +80,7 @@ class PruneStructured(Pass):
         kept = {g: choose_indices(scores[g], k) for g, k in counts.items()}
         before, work = program.parameters, next(iter(kept)).analysis.macs()
         errors: dict[str, float] = {}
-        how = self.compensation
-        if how is Compensation.AUTO:
-            how = Compensation.WEIGHTS if ctx.calibration else Compensation.OFF
+        how = self._how(ctx)
         if how is not Compensation.OFF:
             with Editor(program, self.to_spec()) as editor:
                 errors = compensate(editor, kept, how, ctx)
@@ -102,6 +101,12 @@ class PruneStructured(Pass):
         skips += [Skip("(model)", f"it has no {r.value}") for r in self.roles if r not in present]
         return _Found([g for g in groups if g.name not in left_out], tuple(skips))
 
+    def _how(self, ctx: Context) -> Compensation:
+        """The compensation this run takes."""
+        if self.compensation is Compensation.AUTO:
+            return Compensation.WEIGHTS if ctx.calibration else Compensation.OFF
+        return self.compensation
+
     def _counts(self, program: Program, groups: list[Group], ctx: Context) -> Counts:
         limits = Limits(multiple_of=self.multiple_of, min_keep=self.min_keep)
         if self.ranking is Ranking.UNIFORM:
@@ -110,17 +115,21 @@ class PruneStructured(Pass):
             scores = comparable(self._scores(program, groups, ctx), self.importance)
             by_work = self.macs is not None or self.latency is not None
             schedule = ranked(groups, limits, scores, lambda g: g.macs if by_work else g.parameters)
-        return self._meet(program, groups, schedule)
+        return self._meet(program, groups, schedule, 0 if self._how(ctx) is Compensation.OFF else _new_biases(groups))
 
-    def _meet(self, program: Program, groups: list[Group], schedule: Schedule) -> Counts:
-        """The first counts of the schedule that meet the ratio or the budget."""
+    def _meet(self, program: Program, groups: list[Group], schedule: Schedule, added: int) -> Counts:
+        """Counts of the schedule that meet the ratio or the budget; `added` parameters come on top."""
         if self.ratio is not None and self.ranking is Ranking.UNIFORM:
             return schedule.at(round(self.ratio * schedule.levels))
         budget, target = self._budget()
-        share = measure(program, groups[0].analysis, budget)
+        measured = measure(program, groups[0].analysis, budget)
+        extra = added / groups[0].analysis.parameters() if self.parameters is not None else 0.0
         if self.ratio is not None:
-            prunable = 1 - share(dict.fromkeys(groups, 0))
-            target = 1 - self.ratio * prunable
+            target = 1 - self.ratio * (1 - measured(dict.fromkeys(groups, 0)))
+
+        def share(counts: Counts) -> float:
+            return measured(counts) + extra
+
         counts = schedule.closest(lambda counts: share(counts) <= target)
         if counts is None:
             raise refuse_budget(f"{self.to_spec()}: {budget.value}", target, share(schedule.at(schedule.levels)))
@@ -134,7 +143,7 @@ class PruneStructured(Pass):
 
     def _scores(self, program: Program, groups: list[Group], ctx: Context) -> Scores:
         """Scores of the groups, kept in the run's memory between planning and rewriting the same weights."""
-        key = (self.to_spec(), "scores")
+        key = ("prune_structured", self.importance)
         known = ctx.memory.recall(key, program) or {}
         if not all(g.name in known for g in groups):
             scores = score_groups(program, groups, self.importance, ctx)
@@ -160,6 +169,12 @@ class PruneStructured(Pass):
 class _Found:
     groups: list[Group]
     skips: tuple[Skip, ...]
+
+
+def _new_biases(groups: list[Group]) -> int:
+    """Parameters that compensation may add: a bias for every consumer without one."""
+    sites = {c.site.name: c.site for g in groups for c in g.consumers}.values()
+    return sum(s.rows for s in sites if s.bias is None and s.kind is not SiteKind.MM and why_not(s) is None)
 
 
 def _decision(group: Group, kept: int) -> Decision:

@@ -19,7 +19,7 @@ from ..calibrate import Statistics
 if TYPE_CHECKING:
     from .groups import Consumer, Group
 
-STEPS = 128
+STEPS = 48
 DAMPING = 1e-2  # of the mean of H's diagonal
 
 
@@ -29,10 +29,10 @@ def obs_scores(consumer: Consumer, groups: Sequence[Group], statistics: Statisti
     A share of the consumer's output energy; with the `sensitivity [N]` of its outputs an estimate of the rise of the loss.
     """
     assert statistics.gram is not None
-    gram = statistics.gram.double().sum(0)
-    weight = consumer.site.matrix().double()
+    gram = statistics.gram.sum(0)
+    weight = consumer.site.matrix().float()
     if sensitivity is not None:
-        weight = weight * (sensitivity.double() * statistics.tokens).sqrt().unsqueeze(1)
+        weight = weight * (sensitivity * statistics.tokens).sqrt().unsqueeze(1)
     energy = 1.0
     if sensitivity is None:
         energy = float((weight @ gram * weight).sum()) if consumer.site.groups == 1 else float(gram.trace())
