@@ -6,9 +6,16 @@ import torch
 from torch import Tensor
 
 from ...ir.program import Program
-from ..examples import Example
+from ..context import Context
+from ..examples import Example, training_data
 from ..losses import Criterion
 from ..tapped import Reply
+
+
+def gradient_examples(ctx: Context) -> tuple[Example, ...]:
+    """The batches gradients are averaged over: as many labelled training batches as there are calibration batches (at least 8), else the calibration data."""
+    labelled = [e for e in ctx.training if e.target is not None]
+    return tuple(labelled[: max(8, len(ctx.calibration))]) or tuple(Example(c) for c in ctx.calibration) or training_data(ctx)
 
 
 def example_loss(criterion: Criterion, program: Program, example: Example, reply: Reply, generator: torch.Generator) -> Tensor:

@@ -15,10 +15,9 @@ from ...ir.nodes import get_tensor
 from ...ir.program import Program
 from ...ir.sites import SiteKind, WeightSite
 from ..context import Context
-from ..examples import training_data
 from ..losses import Criterion, Objective, find_language
 from ..tapped import Tapped
-from .loss import example_loss
+from .loss import example_loss, gradient_examples
 
 
 def output_sensitivity(program: Program, sites: Sequence[WeightSite], ctx: Context) -> dict[str, Tensor]:
@@ -28,7 +27,7 @@ def output_sensitivity(program: Program, sites: Sequence[WeightSite], ctx: Conte
     total = {s.name: torch.zeros(s.rows) for s in sites}
     count = dict.fromkeys(total, 0)
     generator = ctx.generator()
-    for example in ctx.track(training_data(ctx), "output sensitivity"):
+    for example in ctx.track(gradient_examples(ctx), "output sensitivity"):
         weights = {s.tensors[0]: get_tensor(program.graph_module, s.tensors[0]).detach().clone().requires_grad_() for s in sites}
         with torch.enable_grad():
             reply = runner(example.call, weights)

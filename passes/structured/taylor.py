@@ -13,11 +13,10 @@ from torch import Tensor
 from ...ir.nodes import get_tensor
 from ...ir.program import Program
 from ..context import Context
-from ..examples import training_data
 from ..losses import Criterion, Objective, find_language
 from ..tapped import Tapped
 from .groups import Group
-from .loss import example_loss
+from .loss import example_loss, gradient_examples
 
 
 def taylor_scores(program: Program, groups: Sequence[Group], ctx: Context) -> dict[Group, Tensor]:
@@ -26,7 +25,7 @@ def taylor_scores(program: Program, groups: Sequence[Group], ctx: Context) -> di
     names = sorted({c.site.tensors[0] for g in groups for c in g.consumers})
     runner, scores = Tapped(program), {g: torch.zeros(g.size) for g in groups}
     generator = ctx.generator()
-    for example in ctx.track(training_data(ctx), "scoring (taylor)"):
+    for example in ctx.track(gradient_examples(ctx), "scoring (taylor)"):
         weights = {n: get_tensor(program.graph_module, n).detach().clone().requires_grad_() for n in names}
         with torch.enable_grad():
             loss = example_loss(criterion, program, example, runner(example.call, weights), generator)

@@ -21,12 +21,12 @@ from fxpress.ir.weights import named_tensors
 from fxpress.runtime.artifact import load, save
 
 from ..masking import TOLERANCE, assert_removal_is_masking, captured_double, difference, divided, double, free, outputs, resized
-from ..tiny import SMALL, SPREAD, fresh_program, randn, seeded, tiny
+from ..tiny import BUILDERS, SPREAD, fresh_program, randn, seeded, tiny
 
 COMPARED = {"mlp": 1, "conv": 2, "grouped": 3, "depthwise": 1, "conv1d": 2, "llama": 6, "gpt2": 8, "vit": 6, "resnet": 4, "unet": 4}  # at least
 
 
-@pytest.mark.parametrize("model", [*SMALL, "gpt2", "llama", "vit", "resnet", "convnext"])
+@pytest.mark.parametrize("model", BUILDERS)
 def test_removal_is_masking(model: str) -> None:
     compared = assert_removal_is_masking(double(fresh_program(model)))
     assert len(compared) >= COMPARED.get(model, 0)
@@ -213,7 +213,7 @@ def test_a_spent_analysis_is_refused() -> None:
 
 
 @pytest.mark.parametrize("model", ["grouped", "gpt2"])
-@pytest.mark.parametrize("stage", ["propagate", "_check_shapes", "_relax_views"])
+@pytest.mark.parametrize("stage", ["propagate", "_check_shapes", "_rewrite_splits"])
 def test_a_failure_midway_leaves_the_program_as_it_was(model: str, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     program = fresh_program(model)
     analysis = analyze_axes(program)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from fxpress.ir.program import Program
 from fxpress.passes.context import Call
-from fxpress.passes.examples import Example
+from fxpress.passes.examples import Example, Labelled, as_examples
 from fxpress.passes.losses import Criterion, Objective, cross_entropy, find_language, next_token
-from fxpress.passes.structured.loss import example_loss
+from fxpress.passes.structured.loss import example_loss, gradient_examples
 from fxpress.passes.tapped import Reply, Tapped
 
 from .nets import mlp, tiny_with_data
@@ -32,3 +34,12 @@ def test_labels_next_tokens_or_a_projection() -> None:
     language, reply = _loss(program, ctx.calibration[0])
     mask = ctx.calibration[0][1]["attention_mask"].bool()
     torch.testing.assert_close(language, next_token(reply.leaves[0], ctx.calibration[0][1]["input_ids"], mask))
+
+
+def test_gradients_come_from_labelled_batches_or_calibration() -> None:
+    program, ctx = mlp()
+    assert [e.call for e in gradient_examples(ctx)] == list(ctx.calibration)
+    plain, labelled = ctx.calibration[0][0], Labelled(ctx.calibration[0][0], torch.zeros(64, dtype=torch.int64))
+    both = replace(ctx, training=as_examples([plain, *[labelled] * 20], program.inputs))
+    assert [e.target is not None for e in gradient_examples(both)] == [True] * 8
+    assert [e.call for e in gradient_examples(replace(ctx, training=as_examples([plain], program.inputs)))] == list(ctx.calibration)
