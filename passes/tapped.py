@@ -11,8 +11,9 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
-from ..ir.nodes import node_type, op_name
+from ..ir.nodes import node_type
 from ..ir.program import Program
+from ..ir.structure import find_structure
 from ..ir.weights import named_tensors, set_tensor
 from .context import Call
 
@@ -65,19 +66,12 @@ def _out_spec(graph: fx.Graph) -> pytree.TreeSpec | None:
 
 
 def hidden_nodes(student: Program, teacher: Program) -> list[str]:
-    """Names of nodes that mean the same in both programs: residual additions (`aten.add` of two values of one type) of equal name and type."""
+    """Names of nodes that mean the same in both programs: additions to a residual stream, of equal name and type."""
     there = _residual_adds(teacher)
     return [name for name, kind in _residual_adds(student).items() if there.get(name) == kind]
 
 
 def _residual_adds(program: Program) -> dict[str, str]:
-    found = {}
-    for node in program.graph.nodes:
-        kind = node_type(node)
-        if op_name(node) != "aten.add.Tensor" or kind is None or not kind.dtype.is_floating_point:
-            continue
-        terms = [n for n in node.all_input_nodes if n.op == "call_function"]
-        rotation = all(op_name(n).startswith("aten.mul") for n in terms)  # x * cos + y * sin
-        if len(terms) == 2 and not rotation and all(node_type(n) == kind for n in terms):
-            found[node.name] = str(kind)
-    return found
+    """Name and type of every addition that writes a residual stream, in graph order."""
+    adds = {n for residual in find_structure(program).residuals for n in residual.adds}
+    return {n.name: str(node_type(n)) for n in program.graph.nodes if n in adds}
