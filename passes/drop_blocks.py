@@ -23,6 +23,7 @@ from ..ir.spec import option
 from ..ir.structure import Block, find_structure
 from .base import Decision, Guarantee, Pass, Plan, SiteResult, Skip
 from .context import Context
+from .memory import remembered
 from .tapped import Tapped
 
 
@@ -95,8 +96,11 @@ class DropBlocks(Pass):
         return [_unit(f"layer {layer[0].layer}", layer) for layer in structure.layers if layer]
 
     def _influence(self, program: Program, units: Sequence[_Unit], ctx: Context) -> dict[str, float]:
-        known = ctx.memory.recall(self.to_spec(), program)
-        return known if known is not None else ctx.memory.keep(self.to_spec(), program, influences(program, units, ctx))
+        def compute() -> dict[str, Tensor]:
+            return {name: torch.tensor([value], dtype=torch.float64) for name, value in influences(program, units, ctx).items()}
+
+        found = remembered(ctx, "influence", [u.name for u in units], program, compute)
+        return {name: float(value) for name, value in found.items()}
 
 
 def influences(program: Program, units: Sequence[_Unit], ctx: Context) -> dict[str, float]:

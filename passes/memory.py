@@ -1,14 +1,18 @@
-"""What a run remembers between planning a pass and carrying it out, so that costly analyses of the same weights are made once."""
+"""What a run remembers between planning a pass and carrying it out, and after a kill, so that costly analyses of the same weights are made once."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any, TypeVar
+import hashlib
+from collections.abc import Callable, Hashable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
 from ..ir.program import Program
 from ..ir.weights import named_tensors
+
+if TYPE_CHECKING:
+    from .context import Context
 
 T = TypeVar("T")
 
@@ -29,3 +33,26 @@ class Memory:
         """Keep `value` under `key` for the program's present tensors."""
         self._kept[key] = (dict(named_tensors(program.graph_module)), value)
         return value
+
+
+Tensors = dict[str, Tensor]
+
+
+def remembered(ctx: Context, what: str, names: Iterable[str], program: Program, compute: Callable[[], Tensors]) -> Tensors:
+    """`compute()`, one tensor a name, made once a run for these weights, and once over all runs that share a checkpoint folder."""
+    from .checkpoint import fingerprint
+
+    key = f"{what}-{hashlib.sha256(chr(10).join(names).encode()).hexdigest()[:12]}"
+    known: Tensors | None = ctx.memory.recall(key, program)
+    if known is not None:
+        return known
+    if ctx.checkpoint is None:
+        return ctx.memory.keep(key, program, compute())
+    name = f"{key}-{fingerprint(program, [key], (), ctx.seed)[:16]}"
+    found = ctx.checkpoint.read(name)
+    if found is None:
+        found = {}, compute()
+        ctx.checkpoint.write(name, found[1], found[0])
+    else:
+        ctx.checkpoint.reused += 1
+    return ctx.memory.keep(key, program, found[1])

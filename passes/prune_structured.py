@@ -22,6 +22,7 @@ from ..ir.spec import option
 from ..ir.structure import Role, find_structure
 from .base import Decision, Guarantee, Pass, Plan, SiteResult, Skip
 from .context import Context
+from .memory import remembered
 from .structured.amounts import Counts, Limits, Ranking, Schedule, choose_indices, ranked, refuse_budget, uniform
 from .structured.budgets import Budget, measure
 from .structured.compensate import Compensation, compensate, why_not
@@ -69,14 +70,15 @@ class PruneStructured(Pass):
 
     def preview(self, program: Program, plan: Plan, ctx: Context) -> None:
         """Cut the sizes only: which indices go does not matter to later plans."""
-        self._cut(program, {g: torch.arange(k) for g, k in self._planned(program, plan).items()})
+        self._cut(program, {g: torch.arange(k) for g, k in self._planned(self._groups(program).groups, plan).items()})
 
     def rewrite(self, program: Program, plan: Plan, ctx: Context) -> tuple[SiteResult, ...]:
         """Score, let the consumers make up for what goes, remove."""
-        counts = self._planned(program, plan)
+        groups = self._groups(program).groups
+        counts = self._planned(groups, plan)
         if not counts:
             return ()
-        scores = self._scores(program, list(counts), ctx)
+        scores = self._scores(program, groups, ctx)
         kept = {g: choose_indices(scores[g], k) for g, k in counts.items()}
         before, work = program.parameters, next(iter(kept)).analysis.macs()
         errors: dict[str, float] = {}
@@ -142,16 +144,16 @@ class PruneStructured(Pass):
         return Budget.PARAMETERS, 0.0
 
     def _scores(self, program: Program, groups: list[Group], ctx: Context) -> Scores:
-        """Scores of the groups, kept in the run's memory between planning and rewriting the same weights."""
-        key = ("prune_structured", self.importance)
-        known = ctx.memory.recall(key, program) or {}
-        if not all(g.name in known for g in groups):
-            scores = score_groups(program, groups, self.importance, ctx)
-            known = ctx.memory.keep(key, program, {g.name: s for g, s in scores.items()})
+        """Scores of all groups, kept between planning and rewriting the same weights."""
+
+        def compute() -> dict[str, Tensor]:
+            return {g.name: s for g, s in score_groups(program, groups, self.importance, ctx).items()}
+
+        known = remembered(ctx, f"scores-{self.importance.value}", [g.name for g in groups], program, compute)
         return {g: known[g.name] for g in groups}
 
-    def _planned(self, program: Program, plan: Plan) -> Counts:
-        by_name = {g.name: g for g in self._groups(program).groups}
+    def _planned(self, groups: list[Group], plan: Plan) -> Counts:
+        by_name = {g.name: g for g in groups}
         missing = [d.site for d in plan.decisions if d.site not in by_name]
         if missing:
             raise PassError(f"{self.name}: the plan names {missing[0]}, which this program does not have; plan again")
