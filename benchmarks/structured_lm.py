@@ -31,7 +31,7 @@ from fxpress.runtime.language import logits_of, perplexity
 
 RESULTS = Path(__file__).with_name("results") / "structured_lm.json"
 PUBLISHED = ("l1,compensation=off", "l2,compensation=off", "wanda,compensation=off", "flap,compensation=bias", "taylor,compensation=off")
-OURS = ("wanda", "taylor", "obs", "obs_fisher,compensation=off", "obs_fisher")
+OURS = ("wanda", "obs", "obs_fisher,compensation=off", "obs_fisher")
 
 
 @dataclass
