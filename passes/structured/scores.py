@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...ir.atoms import leaves
 from ...ir.axes import labels
+from ...ir.errors import CalibrationError
 from ...ir.nodes import get_tensor
 from ...ir.program import Program
 from ..base import Need
@@ -51,6 +52,8 @@ class Importance(Enum):
 
 def score_groups(program: Program, groups: Sequence[Group], importance: Importance, ctx: Context) -> Scores:
     """Scores `[size] f32 >= 0` of every group. A group that no observable site consumes is scored by `l2`."""
+    if importance.needs_data and not ctx.calibration and not (ctx.training and importance is Importance.TAYLOR):
+        raise CalibrationError(f"importance {importance.value} needs calibration data; pass calibration=[batch, ...], or take importance=l2, which needs none")
     if importance is Importance.TAYLOR:
         from .taylor import taylor_scores
 

@@ -117,13 +117,13 @@ def test_convolutions(tmp_path: Path) -> None:
 
 def test_unbatched_signals(tmp_path: Path) -> None:
     program = compressed(nn.Conv1d(8, 5, 3, padding=1), torch.randn(8, 12), [Affine(bits=4)])
-    assert export(program, tmp_path)[0].max_error < 1e-6
+    assert export(program, tmp_path)[0].max_error < 5e-6
 
 
 def test_float32_scales(tmp_path: Path) -> None:
     formats = [affine(4, s, g, ScaleType.FLOAT32) for s in (True, False) for g in (Granularity.TENSOR, Granularity.CHANNEL, 32)]
     report, model = export(compressed(Side([nn.Linear(64, 8) for _ in formats]), torch.randn(3, 64), formats), tmp_path)
-    assert report.max_error < 1e-6
+    assert report.max_error < 5e-6
     assert {t.data_type for t in model.graph.initializer if t.name.endswith("scale")} == {onnx.TensorProto.FLOAT}
 
 
@@ -166,7 +166,7 @@ def test_blocks_are_those_with_fast_kernels(tmp_path: Path, bits: int, group_siz
     codes = next(t for t in model.graph.initializer if t.name == dequantize.input[0])
     assert codes.data_type == getattr(onnx.TensorProto, kind)
     assert report.fused == 1
-    assert report.max_error < 1e-6
+    assert report.max_error < 5e-6
     assert report.fused_error < 3e-2
 
 
@@ -222,7 +222,7 @@ def test_tied_8_bit_codes_are_stored_once_and_fused(tmp_path: Path, symmetric: b
     report, model = export(program, tmp_path)
     assert [list(t.dims) for t in model.graph.initializer if t.name.endswith("codes")] == [[40, 64]]
     assert report.fused == 1
-    assert report.max_error < 1e-6
+    assert report.max_error < 5e-6
     assert report.lowering.nbytes < program.nbytes + 400
 
 

@@ -32,7 +32,7 @@ def test_narrow_storage(tmp_path: Path, storage: FloatType) -> None:
     for site in program.sites():
         compress(program, site, Dense(storage=storage))
     report = export_onnx(program, tmp_path / "model.onnx")
-    assert report.max_error < 1e-6
+    assert report.max_error < 5e-6
     embed, mix, conv = report.lowering.sites
     width = 4 if storage is FloatType.SAME else 2
     assert (embed.nbytes, mix.nbytes, conv.nbytes) == (20 * 16 * width, 16 * 16 * width, 4 * 16 * 3 * 4)

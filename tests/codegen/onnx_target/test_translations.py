@@ -69,7 +69,7 @@ def test_attention_has_its_own_operator_from_opset_23(tmp_path: Path) -> None:
 
 def test_an_rms_norm_becomes_a_division(tmp_path: Path) -> None:
     report, ops = exported(nn.RMSNorm(16, eps=1e-5), (torch.randn(3, 16),), tmp_path)
-    assert report.max_error < 1e-6
+    assert report.max_error < 5e-6
     assert (ops["Div"], ops["Reciprocal"]) == (1, 0)
 
 
@@ -82,10 +82,10 @@ class Pooled(nn.Module):
 
 def test_global_pooling(tmp_path: Path) -> None:
     report, ops = exported(Pooled(), (torch.randn(2, 3, 8, 8),), tmp_path)
-    assert report.max_error < 1e-6
+    assert report.max_error < 5e-6
     assert ops["GlobalAveragePool"] == 1
 
 
 def test_other_pooling_goes_through_torchs_decomposition(tmp_path: Path) -> None:
     report, _ = exported(nn.AdaptiveAvgPool2d(2), (torch.randn(2, 3, 8, 8),), tmp_path)
-    assert report.max_error < 1e-6
+    assert report.max_error < 5e-6

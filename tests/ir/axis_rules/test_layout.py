@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fxpress.ir.axes import analyze_axes
 from fxpress.ir.program import Program
 
-from ...masking import assert_case, between_convs, between_linears, captured_double, names_of_ops, outputs, resized, sandwich
-from ...tiny import randn
+from ...masking import assert_case, between_convs, between_linears, captured_double, difference, double, names_of_ops, outputs, resized, sandwich
+from ...tiny import fresh_program, randn
 
 aten = torch.ops.aten
 
@@ -124,12 +124,15 @@ def test_removal_is_masking_and_the_rest_is_pinned(name: str, build: Callable[[]
 
 
 def test_a_reshape_left_by_a_resize_has_a_rule() -> None:
-    """Views of transposed tensors become `aten.reshape`."""
-    program = linears(lambda x: x.transpose(0, 1).view(3, 2, 4, 3).flatten(2))()
-    once = resized(program, {"first.weight[0].0": [1, 0, 3, 2]})
+    """Views of transposed attention outputs become `aten.reshape` when heads get narrower."""
+    program = double(fresh_program("llama"))
+    once = resized(program, {"model.layers.0.self_attn.v_proj.weight[0].1": [7, 0, 1, 2, 3]})
     assert "aten.reshape" in names_of_ops(once)
     assert not analyze_axes(once).unruled
-    assert torch.allclose(outputs(once)[0], outputs(program)[0], rtol=1e-12, atol=1e-12)
+    other = resized(once, {"model.layers.1.self_attn.v_proj.weight[0].1": range(8)})
+    assert difference(outputs(other), outputs(once)) < 1e-12
+    narrow = resized(program, {"model.layers.0.mlp.gate_proj.weight[0]": range(40)})
+    assert "aten.reshape" not in names_of_ops(narrow)
 
 
 def test_columns_of_a_flattened_image_are_channels_times_pixels() -> None:
