@@ -126,6 +126,7 @@ class Pass(Options, ABC):
     """Base of all passes. `only` and `skip` are site-name patterns: shell globs, or regular expressions after `re:`."""
 
     guarantee: ClassVar[Guarantee]
+    uses_data: ClassVar[bool] = False  # whether some options need calibration or training data
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     allow_empty: bool = False

@@ -60,6 +60,7 @@ class DropBlocks(Pass):
     """Drops the `count` layers (or blocks) of least influence on the calibration data. Layers are called `layer 3`, blocks `layer 3 block 0`."""
 
     guarantee: ClassVar[Guarantee] = Guarantee.CALIBRATED
+    uses_data: ClassVar[bool] = True
     count: int = option(ge=1)
     granularity: Granularity = Granularity.LAYER
 

@@ -44,6 +44,8 @@ class DryRun:
         for p in self.passes:
             lines.append(f"{p.plan.pass_spec}: {len(p.plan.decisions)} sites taken, {len(p.plan.skips)} skipped")
             lines.append(f"  bytes {p.bytes_before:,} -> {p.bytes_after:,}; about {p.seconds:.0f} s and {p.peak_bytes / 2**20:,.0f} MiB at peak (estimates)")
+            if len({d.action for d in p.plan.decisions}) > 1:
+                lines += [f"  {d.site}: {d.action}" for d in p.plan.decisions]
             lines += [f"  {why}: {count} sites, first {first}" for why, (count, first) in _reasons(p.plan).items()]
         return "\n".join(lines)
 

@@ -42,6 +42,7 @@ class PruneStructured(Pass):
     """
 
     guarantee: ClassVar[Guarantee] = Guarantee.CALIBRATED
+    uses_data: ClassVar[bool] = True
     ratio: float | None = option(None, gt=0.0, lt=1.0)
     parameters: float | None = option(None, gt=0.0, lt=1.0)
     macs: float | None = option(None, gt=0.0, lt=1.0)

@@ -24,6 +24,7 @@ class Recover(Pass, TrainingOptions):
     """Trains plain weights, biases, norms and free parameters; leaves compressed weights and all buffers as they are."""
 
     guarantee: ClassVar[Guarantee] = Guarantee.TRAINED
+    uses_data: ClassVar[bool] = True
 
     def analyze(self, program: Program, ctx: Context) -> Plan:
         """One decision per part that will be trained; data without a loss is refused here, before any pass of the recipe runs."""

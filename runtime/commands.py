@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from dataclasses import MISSING, dataclass, fields
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import typer
 from rich.console import Console
@@ -14,7 +15,7 @@ from rich.table import Table
 from ..ir.errors import SpecError
 from ..ir.program import Program
 from ..ir.structure import find_structure
-from ..passes.base import SitePass, pass_class, pass_names
+from ..passes.base import Pass, SitePass, pass_class, pass_names
 from .optimize import optimize
 from .sources import load_source
 
@@ -106,14 +107,25 @@ def run_passes(name: str | None) -> None:
     cls = pass_class(name)
     typer.echo(f"{name}: {_module_line(cls)}\n\n{cls.__doc__}\n")
     table = Table("option", "type", "default")
+    hints = get_type_hints(cls)
     for f in fields(cls):
         default = "required" if f.default is MISSING else str(getattr(f.default, "value", f.default))
-        table.add_row(f.name, str(f.type), default)
+        table.add_row(f.name, _type_text(hints[f.name]), default)
     Console().print(table)
 
 
-def _may_need_data(cls: type) -> bool:
-    return issubclass(cls, SitePass) and cls.needs is not SitePass.needs
+def _type_text(hint: Any) -> str:
+    """A type as a user writes its values: the choices of an enum, the names of plain types, `list of` for tuples."""
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return " | ".join(str(m.value) for m in hint)
+    inner = [a for a in get_args(hint) if a is not Ellipsis]
+    if get_origin(hint) is tuple:
+        return f"list of {_type_text(inner[0])}"
+    return " | ".join(map(_type_text, inner)) if inner else getattr(hint, "__name__", str(hint)).replace("NoneType", "none")
+
+
+def _may_need_data(cls: type[Pass]) -> bool:
+    return cls.uses_data or (issubclass(cls, SitePass) and cls.needs is not SitePass.needs)
 
 
 def _module_line(cls: type) -> str:

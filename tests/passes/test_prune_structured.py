@@ -129,6 +129,7 @@ def test_the_plan_prints_every_group() -> None:
     wanted = {c.name for r in (Role.FFN, Role.HEAD, Role.KV_GROUP) for c in structure.with_role(r)}
     assert {d.site for d in plan.decisions} | {s.site for s in plan.skips} == wanted
     assert all(d.facts["kept"] < d.facts["size"] for d in plan.decisions)
+    assert all(f"{d.site}: {d.action}" in str(dry) for d in plan.decisions)
 
 
 def test_the_diff_shows_what_shrank() -> None:
