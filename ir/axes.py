@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from .atoms import Algebra, Atom, Axis, Kind, MisalignedError, factors, leaves, size_of, squared, text
+from .atoms import Algebra, Atom, Axis, Kind, MisalignedError, factors, leaves, size_of, squared
 from .nodes import get_tensor, op_name
 from .program import Program
 from .weights import AliasClasses, alias_classes
@@ -89,14 +90,6 @@ class AxisAnalysis:
         """The class called `name`."""
         return next(c for c in self.classes if c.name == name)
 
-    def class_of(self, atom: Atom) -> AxisClass | None:
-        """The class whose leaf is `atom`, or None for axes that no parameter holds."""
-        return self._by_atom.get(atom.root())
-
-    @property
-    def _by_atom(self) -> dict[Atom, AxisClass]:
-        return {c.atom: c for c in self.classes}
-
     def holders(self, one: AxisClass) -> Iterator[tuple[str, int, Axis]]:
         """Every `(tensor, dim, axis)` that holds the class."""
         for occurrence in one.occurrences:
@@ -107,7 +100,7 @@ class AxisAnalysis:
         total = 0
         for name, axes in self.tensors.items():
             if get_tensor(self.program.graph_module, name).is_floating_point():
-                total += _product(kept_size(a, choice or {}) for a in axes)
+                total += prod(kept_size(a, choice or {}) for a in axes)
         return total
 
     def macs(self, choice: Choice | None = None) -> int:
@@ -122,13 +115,6 @@ class AxisAnalysis:
 
 def _occurrence(one: Occurrence) -> str:
     return f"{one.tensor}[{one.dim}]" + (f"*{one.multiplicity}" if one.multiplicity > 1 else "")
-
-
-def _product(values: Iterator[int]) -> int:
-    total = 1
-    for v in values:
-        total *= v
-    return total
 
 
 def kept_size(axis: Sequence[Atom], choice: Choice) -> int:
@@ -338,8 +324,3 @@ def analyze_axes(program: Program) -> AxisAnalysis:
 
     ensure_values(program)
     return Tracer(program).walk()
-
-
-def describe(analysis: AxisAnalysis, axis: Axis) -> str:
-    """The axis with its classes by name, for messages."""
-    return text(axis, {c.atom: c.name for c in analysis.classes})

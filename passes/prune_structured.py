@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..ir.axes import analyze_axes
@@ -23,10 +22,10 @@ from ..ir.structure import Role, find_structure
 from .base import Decision, Guarantee, Pass, Plan, SiteResult, Skip
 from .context import Context
 from .memory import remembered
-from .structured.amounts import Counts, Limits, Ranking, Schedule, choose_indices, ranked, refuse_budget, uniform
+from .structured.amounts import Counts, Limits, Ranking, Schedule, choose_indices, first_indices, ranked, refuse_budget, uniform
 from .structured.budgets import Budget, measure
 from .structured.compensate import Compensation, compensate, why_not
-from .structured.groups import Group, find_groups
+from .structured.groups import Group, cut, find_groups
 from .structured.scores import Importance, Scores, comparable, score_groups
 
 DEFAULT_ROLES = (Role.FFN, Role.HEAD, Role.KV_GROUP, Role.CONV_OUT)
@@ -71,7 +70,7 @@ class PruneStructured(Pass):
 
     def preview(self, program: Program, plan: Plan, ctx: Context) -> None:
         """Cut the sizes only: which indices go does not matter to later plans."""
-        self._cut(program, {g: torch.arange(k) for g, k in self._planned(self._groups(program).groups, plan).items()})
+        self._cut(program, first_indices(self._planned(self._groups(program).groups, plan)))
 
     def rewrite(self, program: Program, plan: Plan, ctx: Context) -> tuple[SiteResult, ...]:
         """Score, let the consumers make up for what goes, remove."""
@@ -161,11 +160,7 @@ class PruneStructured(Pass):
         return {by_name[d.site]: int(d.facts["kept"]) for d in plan.decisions}
 
     def _cut(self, program: Program, kept: Mapping[Group, Tensor]) -> None:
-        if kept:
-            analysis = analyze_axes(program)  # anew: compensation may have added biases
-            with Editor(program, self.to_spec()) as editor:
-                why = f"structured pruning by {self.importance.value}"
-                editor.resize_axis(analysis, {analysis.class_named(g.name): i for g, i in kept.items()}, why)
+        cut(program, kept, self.to_spec(), f"structured pruning by {self.importance.value}")
 
 
 @dataclass(frozen=True)

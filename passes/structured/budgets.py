@@ -7,10 +7,10 @@ from enum import Enum
 
 import torch
 
-from ...ir.axes import AxisAnalysis, analyze_axes
-from ...ir.edit import Editor
+from ...ir.axes import AxisAnalysis
 from ...ir.program import Program
-from .amounts import Counts
+from .amounts import Counts, first_indices
+from .groups import cut
 
 ROUNDS = 7
 
@@ -55,9 +55,5 @@ def _latency_share(program: Program) -> Callable[[Counts], float]:
 def shrunk(program: Program, counts: Counts) -> Program:
     """A clone of the given sizes; which indices stay does not matter."""
     small = program.clone()
-    analysis = analyze_axes(small)
-    kept = {analysis.class_named(g.name): torch.arange(k) for g, k in counts.items() if k < g.size}
-    if kept:
-        with Editor(small, "preview") as editor:
-            editor.resize_axis(analysis, kept, "measured at these sizes")
+    cut(small, first_indices(counts), "preview", "measured at these sizes")
     return small

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ...ir.atoms import Axis, leaves
-from ...ir.axes import AxisAnalysis, AxisClass, labels
+from ...ir.axes import AxisAnalysis, AxisClass, analyze_axes, labels
+from ...ir.edit import Editor
 from ...ir.program import Program
 from ...ir.sites import SiteKind, WeightSite
 from ...ir.structure import Role, Structure
@@ -83,3 +84,11 @@ def consumers(program: Program, analysis: AxisAnalysis) -> list[Consumer]:
 def _consumer(site: WeightSite, analysis: AxisAnalysis, aliases: AliasClasses) -> Consumer:
     axes = analysis.tensors[aliases.of(site.tensors[0])[0]]
     return Consumer(site, axes[site.in_axis], site.columns // site.shape[site.in_axis])
+
+
+def cut(program: Program, kept: Mapping[Group, Tensor], pass_spec: str, why: str) -> None:
+    """Keep only the given indices of every group. Groups are found again by name: biases may have come, or the program may be a clone."""
+    if kept:
+        analysis = analyze_axes(program)
+        with Editor(program, pass_spec) as editor:
+            editor.resize_axis(analysis, {analysis.class_named(g.name): i for g, i in kept.items()}, why)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+
 import torch
 from torch import Tensor
 
+from ...ir.nodes import get_tensor
 from ...ir.program import Program
 from ..context import Context
 from ..examples import Example, training_data
-from ..losses import Criterion
-from ..tapped import Reply
+from ..losses import Criterion, Objective, find_language
+from ..tapped import Reply, Tapped
 
 
 def gradient_examples(ctx: Context) -> tuple[Example, ...]:
@@ -27,3 +30,17 @@ def example_loss(criterion: Criterion, program: Program, example: Example, reply
         return criterion(example, program.inputs.flatten(*example.call), reply, None)
     outputs = [leaf for leaf in reply.leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     return torch.stack([(o.float() * torch.randn(o.shape, generator=generator)).sum() for o in outputs]).sum()
+
+
+def differentiable_losses(
+    program: Program, tensors: Iterable[str], taps: Sequence[str], ctx: Context, label: str
+) -> Iterator[tuple[Tensor, dict[str, Tensor], Sequence[Tensor]]]:
+    """Per batch the loss, and what to differentiate it by: copies of the named tensors, and the values of the nodes named in `taps`."""
+    criterion = Criterion(objective=Objective.TASK, loss=ctx.loss, language=find_language(program))
+    runner, generator, names = Tapped(program, taps), ctx.generator(), list(dict.fromkeys(tensors))
+    for example in ctx.track(gradient_examples(ctx), label):
+        weights = {n: get_tensor(program.graph_module, n).detach().clone().requires_grad_() for n in names}
+        with torch.enable_grad():
+            reply = runner(example.call, weights)
+            loss = example_loss(criterion, program, example, reply, generator)
+        yield loss, weights, reply.hidden

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...ir.axes import AxisClass
 from ..calibrate import Statistics
 
 if TYPE_CHECKING:
@@ -38,23 +37,17 @@ def obs_scores(consumer: Consumer, groups: Sequence[Group], statistics: Statisti
         energy = float((weight @ gram * weight).sum()) if consumer.site.groups == 1 else float(gram.trace())
     scored = {}
     for group in groups:
-        owner = consumer.columns(group.axis)
-        if consumer.site.groups > 1:
-            scored[group] = _independent(weight, gram, owner, group.axis) / max(energy, 1e-30)
+        if consumer.site.groups > 1:  # without make-up by others: the output energy of the index's own columns
+            score = consumer.per_index(group.axis, weight.square().sum(0) * gram.diagonal())
         else:
-            scored[group] = eliminate(weight, gram, owner, group.size) / max(energy, 1e-30)
+            score = eliminate(weight, gram, consumer.columns(group.axis), group.size)
+        scored[group] = score / max(energy, 1e-30)
     return {g: s.float() for g, s in scored.items()}
 
 
 def damped(gram: Tensor, share: float = DAMPING) -> Tensor:
     """`H` with a share of its mean diagonal added."""
     return gram + torch.eye(len(gram), dtype=gram.dtype) * max(float(gram.diagonal().mean()) * share, 1e-12)
-
-
-def _independent(weight: Tensor, gram: Tensor, owner: Tensor, one: AxisClass) -> Tensor:
-    """Without make-up by others: the output energy of the index's own columns."""
-    energy = weight.square().sum(0) * gram.diagonal() if weight.shape[1] == len(gram) else gram.diagonal()
-    return torch.zeros(one.size, dtype=energy.dtype).index_add_(0, owner[owner >= 0], energy[owner >= 0])
 
 
 def eliminate(weight: Tensor, gram: Tensor, owner: Tensor, size: int, damping: float = DAMPING) -> Tensor:

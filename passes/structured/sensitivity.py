@@ -11,27 +11,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...ir.nodes import get_tensor
 from ...ir.program import Program
 from ...ir.sites import SiteKind, WeightSite
 from ..context import Context
-from ..losses import Criterion, Objective, find_language
-from ..tapped import Tapped
-from .loss import example_loss, gradient_examples
+from .loss import differentiable_losses
 
 
 def output_sensitivity(program: Program, sites: Sequence[WeightSite], ctx: Context) -> dict[str, Tensor]:
     """Per site `[N] f32`: `E[(dL/dy_n)^2]` over positions, `L` the summed loss of a batch."""
-    criterion = Criterion(objective=Objective.TASK, loss=ctx.loss, language=find_language(program))
-    runner = Tapped(program, [s.node.name for s in sites])
     total = {s.name: torch.zeros(s.rows) for s in sites}
     count = dict.fromkeys(total, 0)
-    generator = ctx.generator()
-    for example in ctx.track(gradient_examples(ctx), "output sensitivity"):
-        weights = {s.tensors[0]: get_tensor(program.graph_module, s.tensors[0]).detach().clone().requires_grad_() for s in sites}
-        with torch.enable_grad():
-            reply = runner(example.call, weights)
-            slopes = torch.autograd.grad(example_loss(criterion, program, example, reply, generator), list(reply.hidden), allow_unused=True)
+    tensors, taps = [s.tensors[0] for s in sites], [s.node.name for s in sites]
+    for loss, _, outputs in differentiable_losses(program, tensors, taps, ctx, "output sensitivity"):
+        slopes = torch.autograd.grad(loss, list(outputs), allow_unused=True)
         for site, slope in zip(sites, slopes, strict=True):
             if slope is not None:
                 rows = _rows(site, slope).float()

@@ -10,26 +10,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ...ir.nodes import get_tensor
 from ...ir.program import Program
 from ..context import Context
-from ..losses import Criterion, Objective, find_language
-from ..tapped import Tapped
 from .groups import Group
-from .loss import example_loss, gradient_examples
+from .loss import differentiable_losses
 
 
 def taylor_scores(program: Program, groups: Sequence[Group], ctx: Context) -> dict[Group, Tensor]:
     """Per group `[size] f32`: `|sum W dL/dW|` over the consumers' columns of every index, summed over batches."""
-    criterion = Criterion(objective=Objective.TASK, loss=ctx.loss, language=find_language(program))
     names = sorted({c.site.tensors[0] for g in groups for c in g.consumers})
-    runner, scores = Tapped(program), {g: torch.zeros(g.size) for g in groups}
-    generator = ctx.generator()
-    for example in ctx.track(gradient_examples(ctx), "scoring (taylor)"):
-        weights = {n: get_tensor(program.graph_module, n).detach().clone().requires_grad_() for n in names}
-        with torch.enable_grad():
-            loss = example_loss(criterion, program, example, runner(example.call, weights), generator)
-            slopes = dict(zip(names, torch.autograd.grad(loss, list(weights.values()), allow_unused=True), strict=True))
+    scores = {g: torch.zeros(g.size) for g in groups}
+    for loss, weights, _ in differentiable_losses(program, names, (), ctx, "scoring (taylor)"):
+        slopes = dict(zip(names, torch.autograd.grad(loss, list(weights.values()), allow_unused=True), strict=True))
         for group in groups:
             scores[group] += _change(group, weights, slopes).abs()
     return scores
