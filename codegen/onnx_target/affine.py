@@ -16,15 +16,12 @@ from ...ir.formats.affine import Affine
 from ...ir.sites import SiteKind, WeightSite
 from ..target import No, Support, Yes
 from .blocks import TWO_BIT_OPSET, block_weight, fused_blocks, why_not_fused
+from .layers import CONVOLUTIONS, convolution, linear, why_shared
 from .path import LOWEST_OPSET, Form, OnnxPath, Slot
 from .rows import row_container, row_weight
 
 if TYPE_CHECKING:
     import onnx_ir
-
-# ONNX Runtime 1.32 leaves a MatMul before these alone, or makes it a FusedGemm (measured); a Squeeze in between lets it become MatMulNBits.
-TAKES_LINEAR = frozenset({"Relu", "Clip"})
-CONVOLUTIONS = (SiteKind.CONV1D, SiteKind.CONV2D)
 
 
 class AffinePath(OnnxPath):
@@ -49,6 +46,10 @@ class AffinePath(OnnxPath):
             return _convolution(slot)
         return _linear(slot)
 
+    def rows(self, slot: Slot, ids: onnx_ir.Value | None) -> onnx_ir.Value:
+        """Packed rows, unpacked."""
+        return row_weight(slot, ids)
+
 
 def format_of(site: WeightSite) -> Affine:
     """The site's format, known to be affine."""
@@ -58,31 +59,13 @@ def format_of(site: WeightSite) -> Affine:
 
 def _linear(slot: Slot) -> Form:
     """`x: [..., K] -> [..., N]`."""
-    reason = why_not_fused(slot.site)
-    if any(t.kind is SiteKind.LINEAR for t in slot.tied):
-        reason = f"{len(slot.tied) + 1} sites share the weight, and ONNX Runtime fuses a weight with one reader only"
+    reason = why_shared(slot) or why_not_fused(slot.site)
     if reason is None:
         weight, text, why = block_weight(slot)
-        lifted = any(n.op_type in TAKES_LINEAR for n in slot.consumers)
-        x = slot.writer.op("Unsqueeze", slot.x, slot.writer.numbers(0)) if lifted else slot.x
-        output = _add_bias(slot, _without_padding(slot, slot.writer.op("MatMul", x, weight)))
-        output = slot.writer.op("Squeeze", output, slot.writer.numbers(0)) if lifted else output
+        output = linear(slot, weight, fused=True, padded=fused_blocks(slot.site, slot.writer.opset).rows > slot.site.rows)
         return Form(output=output, text=f"{text} + MatMul (fused to MatMulNBits by ONNX Runtime)", why=why, fused=True)
-    weight = slot.writer.op("Transpose", row_weight(slot, None), perm=[1, 0])
-    output = _add_bias(slot, slot.writer.op("MatMul", slot.x, weight))
+    output = linear(slot, slot.writer.op("Transpose", row_weight(slot, None), perm=[1, 0]))
     return Form(output=output, text=f"{_packed(slot.site)} unpacked at load + MatMul", why=f"{reason}; ONNX Runtime unpacks it to a dense weight at load")
-
-
-def _without_padding(slot: Slot, output: onnx_ir.Value) -> onnx_ir.Value:
-    """Drop the columns that `block_weight` added."""
-    if fused_blocks(slot.site, slot.writer.opset).rows == slot.site.rows:
-        return output
-    numbers = slot.writer.numbers
-    return slot.writer.op("Slice", output, numbers(0), numbers(slot.site.rows), numbers(-1))
-
-
-def _add_bias(slot: Slot, output: onnx_ir.Value) -> onnx_ir.Value:
-    return slot.writer.op("Add", output, slot.bias) if slot.bias is not None else output
 
 
 def _embedding(slot: Slot) -> Form:
@@ -93,16 +76,8 @@ def _embedding(slot: Slot) -> Form:
 
 def _convolution(slot: Slot) -> Form:
     """1-d or 2-d convolution of `x: [B, I, *space]`, or of unbatched `[I, *space]`."""
-    site, write = slot.site, slot.writer
-    weight = write.op("Reshape", row_weight(slot, None), write.numbers(*site.shape))
-    padding = list(slot.option("padding"))
-    geometry = {"strides": list(slot.option("stride")), "pads": padding * 2, "dilations": list(slot.option("dilation")), "group": site.groups}
-    unbatched = slot.x.shape is not None and len(slot.x.shape) == len(site.shape) - 1
-    x = write.op("Unsqueeze", slot.x, write.numbers(0)) if unbatched else slot.x
-    output = write.op("Conv", x, weight, slot.bias, **geometry)
-    output = write.op("Squeeze", output, write.numbers(0)) if unbatched else output
-    why = f"ONNX Runtime unpacks it to a dense weight at load and convolves at dense speed{_container_note(site)}"
-    return Form(output=output, text=f"{_packed(site)} unpacked at load + Conv", why=why)
+    why = f"ONNX Runtime unpacks it to a dense weight at load and convolves at dense speed{_container_note(slot.site)}"
+    return Form(output=convolution(slot, row_weight(slot, None)), text=f"{_packed(slot.site)} unpacked at load + Conv", why=why)
 
 
 def _packed(site: WeightSite) -> str:

@@ -62,3 +62,7 @@ class OnnxPath(ABC):
     @abstractmethod
     def emit(self, slot: Slot) -> Form:
         """Write the site's operators and initializers."""
+
+    def rows(self, slot: Slot, ids: onnx_ir.Value | None) -> onnx_ir.Value | None:
+        """The weight decoded from its stored form, in the site's dtype: all of it `[N, K]`, or its rows `[..., K]` at `ids`. None: there is no such form."""
+        return None

@@ -88,8 +88,7 @@ def unpack_planes(write: Writer, packed: onnx_ir.Value, bits: int, count: int) -
     mask = write.constant(torch.tensor(2**width - 1, dtype=torch.uint8))
     parts = []
     for lane in range(lanes):
-        shift = write.constant(torch.tensor(lane * width, dtype=torch.uint8))
-        shifted = write.op("BitShift", packed, shift, direction="RIGHT") if lane else packed
+        shifted = packed if lane == 0 else write.op("BitShift", packed, write.constant(torch.tensor(lane * width, dtype=torch.uint8)), direction="RIGHT")
         parts.append(write.op("BitwiseAnd", shifted, mask) if lane < lanes - 1 else shifted)
     codes = write.op("Concat", *parts, axis=-1)
     return codes if count % lanes == 0 else write.op("Slice", codes, write.numbers(0), write.numbers(count), write.numbers(-1))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from ..rounding import round_up
 from ..spec import option
 from .base import Payload, TensorSpec, WeightFormat
 from .bitpack import pack, packed_width, unpack
@@ -129,15 +130,7 @@ class Affine(WeightFormat):
 
     def round_scale(self, scale: Tensor) -> Tensor:
         """`scale` as it will be stored: rounded up to the storage type, so that it still spans its group; never zero or infinite."""
-        stored = getattr(torch, self.scale_dtype.value)
-        info = torch.finfo(stored)
-        smallest = 2.0**-24 if stored is torch.float16 else info.smallest_normal  # subnormal halves too: the 8-bit steps of weights near 1e-3 are
-        wanted = torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(smallest, info.max)
-        rounded = wanted.to(stored)
-        if stored is torch.float16:
-            below = (rounded.to(scale.dtype) < wanted).to(torch.int16)
-            rounded = (rounded.view(torch.int16) + below).view(torch.float16)  # the next larger half: positive floats sort like their bits
-        return rounded.to(scale.dtype)
+        return round_up(scale, getattr(torch, self.scale_dtype.value))
 
     def quantize(self, matrix: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Nearest codes `[N, K] uint8` of `matrix: [N, K]` on the grids `scale, zero: [N, G]`."""
