@@ -1,0 +1,1 @@
+"""Learned tables: one-dimensional clustering, what to keep apart, and refinement under a Gram."""
