@@ -105,7 +105,8 @@ class Editor:
             raise EditError(f"{site}: {reason}")
         before = record(site.node, site)
         with self.program.graph.inserting_before(site.node):
-            stored = [self._store(self._name(site, f"weight_{key}"), tensor) for key, tensor in payload.items()]
+            keys = fmt.payload_spec(site.rows, site.columns, site.dtype)  # a payload read from a file may come in another order
+            stored = [self._store(self._name(site, f"weight_{key}"), payload[key]) for key in keys]
             target, args = _compressed_call(site, fmt, stored)
             node = self.program.graph.call_function(target, args)
         node.meta = dict(site.node.meta) | {"fxpress_site": site.name, "fxpress_dtype": site.dtype}

@@ -44,6 +44,16 @@ class Need(Flag):
     MEAN_SQUARE = auto()  # [K]
     ABS_MAX = auto()  # [K]
     GRAM = auto()  # [K, K]
+    GUIDED = auto()  # [P, K, K] a site: the Gram of rows weighted by squared output gradients
+    FISHER = auto()  # [N, K] a site: squared gradients of the weight
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Guided Grams: `groups` parts of the output channels (in each conv group) get one each; squared output gradients count by their `power`."""
+
+    groups: int = 1
+    power: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -171,6 +181,11 @@ class SitePass(Pass):
     def needs(self) -> Need:
         """Input statistics `rewrite_site` wants."""
         return Need.NONE
+
+    @property
+    def guidance(self) -> Guidance:
+        """What the guided Grams are made of."""
+        return Guidance()
 
     @property
     def sees_edits(self) -> bool:

@@ -62,7 +62,8 @@ def as_call(where: str, batch: Any, inputs: Inputs, kind: type[FxpressError]) ->
 class Statistics:
     """Statistics of one data node over `tokens` rows (tokens, or conv patches). G is the number of conv groups, else 1.
 
-    `mean`, `mean_square`, `abs_max`: `[G, K] f32`; `gram`: `[G, K, K] f32`, the mean of x x^T. Only what was asked for is set.
+    `mean`, `mean_square`, `abs_max`: `[G, K] f32`; `gram`: `[G, K, K] f32`, the mean of x x^T. Only what was asked for is set. By the name of the site:
+    `guided: [P, K, K] f32`, the mean of s x x^T for every part of the outputs, and `fisher: [N, K] f32` (see `sensitivities`).
     """
 
     tokens: int = 0
@@ -70,6 +71,8 @@ class Statistics:
     mean_square: Tensor | None = None
     abs_max: Tensor | None = None
     gram: Tensor | None = None
+    guided: dict[str, Tensor] = field(default_factory=dict)
+    fisher: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)  # what a pass derived once for all sites with this input
 
     def add(self, rows: Tensor, needs: Need) -> None:
@@ -94,6 +97,10 @@ class Statistics:
                 value.div_(self.tokens)
                 if not bool(torch.isfinite(value).all()):
                     raise CalibrationError(f"statistics ({name}) are not finite: the model overflows on the calibration data; check the batches or use fp32")
+
+
+def _other_rows(site: WeightSite, seen: int, positions: Tensor) -> CalibrationError:
+    return CalibrationError(f"{site.name}: sees at least {seen} rows, but its gradients were taken over {positions.shape[1]}; the calibration data changed")
 
 
 def _sum(total: Tensor | None, part: Tensor) -> Tensor:
@@ -161,6 +168,23 @@ class CalibrationWalk:
         for statistics in found:
             statistics.finish()
         return found
+
+    def guided(self, site: WeightSite, positions: Tensor) -> Tensor:
+        """Mean of `s x x^T` over the rows x of `site`, `[P, K, K] f32`; `positions: [P, T]` is the s of every row over all calls. After `statistics`."""
+        total = torch.zeros(len(positions), site.columns, site.columns)
+        seen, each = 0, len(positions) // site.groups
+        for values in self._values:
+            for rows in site_rows(site, values[site.data]):
+                part = positions[:, seen : seen + rows.shape[1]].unsqueeze(-1)
+                seen += rows.shape[1]
+                if seen > positions.shape[1]:
+                    raise _other_rows(site, seen, positions)
+                for i, weight in enumerate(part):
+                    one = rows[i // each].float()
+                    total[i].addmm_((one * weight).t(), one)
+        if seen != positions.shape[1]:
+            raise _other_rows(site, seen, positions)
+        return total.div_(seen)
 
     def run_before(self, node: fx.Node) -> None:
         """Run every node before `node`."""

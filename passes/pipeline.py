@@ -84,7 +84,7 @@ def _stages(passes: Sequence[Pass]) -> list[tuple[Pass, ...]]:
     def key(item: tuple[int, Pass]) -> tuple[str, object]:
         index, one = item
         if isinstance(one, SitePass) and one.needs is not Need.NONE:
-            return ("walk", one.sees_edits)
+            return ("walk", (one.sees_edits, one.guidance))
         return ("alone", index)
 
     return [tuple(one for _, one in group) for _, group in groupby(enumerate(passes), key)]

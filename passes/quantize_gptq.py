@@ -54,31 +54,29 @@ class QuantizeGptq(AffineQuantization):
         """As for all affine passes; the site's rows must be observable."""
         return why_not_observable(site) or super().why_not(site)
 
-    def decide(self, site: WeightSite, ctx: Context) -> Decision:
+    def flops(self, site: WeightSite) -> float:
         """Adds the cost of the column loop and the factorization."""
-        base = super().decide(site, ctx)
-        flops = base.flops + 2.0 * site.rows * site.columns**2 + 2.0 * site.columns**3
-        return Decision(site=site.name, action=base.action, bytes_before=base.bytes_before, bytes_after=base.bytes_after, flops=flops)
+        return super().flops(site) + 2.0 * site.rows * site.columns**2 + 2.0 * site.columns**3
 
     def rewrite_site(self, editor: Editor, site: WeightSite, decision: Decision, statistics: Statistics | None, ctx: Context) -> SiteResult:
         """Quantize slices of rows, each under the Gram of its conv group (a linear has one group)."""
         assert statistics is not None and statistics.gram is not None
-        matrix = site.matrix().float()
-        whole = find_range(self.format, matrix, self.search) if self.format.sharing is Granularity.TENSOR else None
+        matrix, fmt = site.matrix().float(), self.format_at(site)
+        whole = find_range(fmt, matrix, self.search) if fmt.sharing is Granularity.TENSOR else None
         codes: list[Tensor] = []
         scales: list[Tensor] = []
         zeros: list[Tensor] = []
         error = power = 0.0
         for group, rows in _row_slices(site):
             gram, part = statistics.gram[group], matrix[rows]
-            scale, zero = whole or find_range(self.format, part, self.search, gram.diagonal().unsqueeze(0))
-            q, scale, zero = self._columns(part, self._solver(statistics, group, gram, site), scale, zero)
-            delta = self.format.dequantize(q, scale, zero) - part
+            scale, zero = whole or find_range(fmt, part, self.search, gram.diagonal().unsqueeze(0))
+            q, scale, zero = self._columns(fmt, part, self._solver(statistics, group, gram, site), scale, zero)
+            delta = fmt.dequantize(q, scale, zero) - part
             error, power = error + float(((delta @ gram) * delta).sum()), power + float(((part @ gram) * part).sum())
             codes, scales, zeros = [*codes, q], [*scales, scale], [*zeros, zero]
         scale, zero = whole or (torch.cat(scales), torch.cat(zeros))
         facts = {"output_error": (error / max(power, 1e-30)) ** 0.5, "tokens": float(statistics.tokens)}
-        return self.write(editor, site, matrix, torch.cat(codes), scale, zero, facts, f"GPTQ under {statistics.tokens:,} calibration rows")
+        return self.write(editor, site, matrix, fmt, fmt.pack(torch.cat(codes), scale, zero), facts, f"GPTQ under {statistics.tokens:,} calibration rows")
 
     def _solver(self, statistics: Statistics, group: int, gram: Tensor, site: WeightSite) -> _Solver:
         """Factor the Gram once for all sites that share it."""
@@ -88,14 +86,14 @@ class QuantizeGptq(AffineQuantization):
         solver: _Solver = statistics.shared[key]
         return solver
 
-    def _columns(self, matrix: Tensor, solver: _Solver, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _columns(self, fmt: Affine, matrix: Tensor, solver: _Solver, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes `[N, K]` with the scales and zero points finally used (refreshed per group when columns go in storage order)."""
         order, upper = solver.order, solver.upper
-        static = self.act_order or self.format.sharing is not Granularity.GROUP
+        static = self.act_order or fmt.sharing is not Granularity.GROUP
         weights = matrix[:, order].t().contiguous()  # [K, N]: a column of the weight is a contiguous row here
         removed = weights == 0
         codes = torch.empty_like(weights, dtype=torch.uint8)
-        width = self.format.group_width(matrix.shape[1])
+        width = fmt.group_width(matrix.shape[1])
         group_of = order // width
         scale, zero = scale.clone(), zero.clone()
         for start in range(0, len(order), BLOCK):
@@ -105,9 +103,9 @@ class QuantizeGptq(AffineQuantization):
                 g, done = int(group_of[i]), errors[: i - start]
                 if not static and i % width == 0:
                     ahead = weights[i : i + width] - upper[start:i, i : i + width].t() @ done
-                    scale[:, g : g + 1], zero[:, g : g + 1] = find_range(self.format, ahead.t().contiguous(), self.search)
+                    scale[:, g : g + 1], zero[:, g : g + 1] = find_range(fmt, ahead.t().contiguous(), self.search)
                 column = torch.addmv(weights[i], done.t(), upper[start:i, i], alpha=-1.0)  # what this block's earlier columns push onto it
-                codes[i], errors[i - start] = _quantize_column(self.format, column, removed[i], scale[:, g], zero[:, g], float(upper[i, i]))
+                codes[i], errors[i - start] = _quantize_column(fmt, column, removed[i], scale[:, g], zero[:, g], float(upper[i, i]))
             weights[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1.0)
         out = torch.empty_like(codes)
         out[order] = codes

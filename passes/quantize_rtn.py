@@ -25,7 +25,7 @@ class QuantizeRtn(AffineQuantization):
 
     def rewrite_site(self, editor: Editor, site: WeightSite, decision: Decision, statistics: Statistics | None, ctx: Context) -> SiteResult:
         """Find ranges, round, pack."""
-        matrix = site.matrix().float()
-        scale, zero = find_range(self.format, matrix, self.search)
-        codes = self.format.quantize(matrix, scale, zero)
-        return self.write(editor, site, matrix, codes, scale, zero, {}, f"rounded to nearest, {self.search.value} range")
+        matrix, fmt = site.matrix().float(), self.format_at(site)
+        scale, zero = find_range(fmt, matrix, self.search)
+        payload = fmt.pack(fmt.quantize(matrix, scale, zero), scale, zero)
+        return self.write(editor, site, matrix, fmt, payload, {}, f"rounded to nearest, {self.search.value} range")

@@ -18,6 +18,7 @@ from .base import Decision, Need, Plan, SitePass, SiteResult
 from .calibrate import CalibrationWalk, Statistics, site_groups
 from .checkpoint import EditRecord, GroupRecord
 from .context import Context
+from .sensitivities import Sensitivities
 from .threads import one_thread
 
 
@@ -66,6 +67,8 @@ class _Stage:
         self.sequential = all(p.sees_edits for p in passes)
         self.observed = program if self.sequential else program.clone()
         self.walk = CalibrationWalk(self.observed, ctx.calibration) if self.needs else None
+        decided = [s for s in program.sites() if any(s.name in d for d in self.decisions)]
+        self.sensitivities = Sensitivities(program, decided, self.needs, passes[0].guidance, ctx)
 
     def run(self) -> StageResult:
         began = time.perf_counter()
@@ -106,7 +109,10 @@ class _Stage:
     def _observe(self, names: list[str]) -> Statistics | None:
         if self.walk is None:
             return None
-        return self.walk.statistics(_sites(self.observed, names), self.needs)
+        sites = _sites(self.observed, names)
+        statistics = self.walk.statistics(sites, self.needs)
+        self.sensitivities.complete(statistics, self.walk, sites)
+        return statistics
 
     def _replay(self, index: int, names: list[str]) -> bool:
         """Redo a finished group from the checkpoint; the walk only runs forward through it."""

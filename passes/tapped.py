@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
@@ -37,16 +37,12 @@ class Tapped:
         clone = program.clone()
         graph, self._inputs = clone.graph, clone.inputs
         nodes = {n.name: n for n in graph.nodes}
-        output = graph.output_node()
-        self._spec = _out_spec(graph)
-        flat = output.args[0] if self._spec is not None else pytree.tree_leaves(output.args[0])
-        assert isinstance(flat, (tuple, list))
-        self._spec = self._spec or pytree.tree_structure(program.graph.output_node().args[0])
+        flat, self._spec = output_form(clone)
         self._count = len(flat)
         for name, tensor in list(named_tensors(clone.graph_module)):  # a captured model's parameters may ask for gradients of their own
             set_tensor(clone.graph_module, name, tensor.detach(), parameter=isinstance(tensor, nn.Parameter))
         graph.set_codegen(CodeGen())
-        output.args = ((*flat, *(nodes[t] for t in taps)),)
+        graph.output_node().args = ((*flat, *(nodes[t] for t in taps)),)
         self._module = clone.graph_module
         self._module.recompile()
 
@@ -55,14 +51,17 @@ class Tapped:
         leaves = tuple(self._inputs.flatten(*call))
         values = torch.func.functional_call(self._module, dict(tensors or {}), leaves)
         outputs = values[: self._count]
-        assert self._spec is not None
         return Reply(outputs, pytree.tree_unflatten(list(outputs), self._spec), values[self._count :])
 
 
-def _out_spec(graph: fx.Graph) -> pytree.TreeSpec | None:
-    """Structure of the outputs of an exported graph, whose output node holds them flat; None for a plain graph."""
-    info = getattr(graph._codegen, "pytree_info", None)
-    return info.out_spec if info is not None else None
+def output_form(program: Program) -> tuple[Sequence[Any], pytree.TreeSpec]:
+    """The arguments of the output node, flat, and the structure in which the model returns them (an exported graph's output node holds them flat)."""
+    info = getattr(program.graph._codegen, "pytree_info", None)
+    held = program.graph.output_node().args[0]
+    if info is None:
+        return pytree.tree_leaves(held), pytree.tree_structure(held)
+    assert isinstance(held, (tuple, list))
+    return held, info.out_spec
 
 
 def hidden_nodes(student: Program, teacher: Program) -> list[str]:

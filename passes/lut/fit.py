@@ -19,7 +19,8 @@ THREADS = max(1, torch.get_num_threads())
 class Problem:
     """`matrix: [N, K] f32` to be held in `fmt`, errors weighted by `weights: [N, K]` (None: all alike).
 
-    `kept: [N, K] bool` weights are stored elsewhere and cause no error; `pruned: [N, K] bool` ones must stay exactly zero.
+    `kept: [N, K] bool` weights are stored elsewhere and cause no error; `pruned: [N, K] bool` ones must stay exactly zero. `parts` are the numbers of
+    consecutive rows that share a Gram.
     """
 
     matrix: Tensor
@@ -27,6 +28,7 @@ class Problem:
     kept: Tensor
     pruned: Tensor
     fmt: Lut
+    parts: tuple[int, ...]
 
     @property
     def row_scale(self) -> Tensor | None:
@@ -139,12 +141,9 @@ def _by_gram(problem: Problem, grams: Sequence[Tensor], codes: Tensor, values: T
     """Rows of each Gram with their codes and values."""
     frozen = problem.kept | problem.pruned
     out, start = [], 0
-    for gram, count in zip(grams, _sizes(len(problem.matrix), len(grams)), strict=True):
+    for gram, count in zip(grams, problem.parts, strict=True):
         part = slice(start, start + count)
         out.append((Rows(matrix=problem.matrix[part], gram=gram, frozen=frozen[part], threads=THREADS), codes[part], values[part]))
         start += count
     return out
 
-
-def _sizes(rows: int, parts: int) -> list[int]:
-    return [len(p) for p in torch.arange(rows).tensor_split(parts)]

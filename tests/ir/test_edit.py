@@ -18,6 +18,7 @@ from fxpress.ir.errors import EditError, FormatError
 from fxpress.ir.formats.affine import Affine
 from fxpress.ir.formats.base import WeightFormat
 from fxpress.ir.formats.dense import Dense, FloatType
+from fxpress.ir.formats.lut import Lut
 from fxpress.ir.journal import Action, Change, Journal
 from fxpress.ir.nodes import get_tensor, op_name
 from fxpress.ir.program import Program, Stage
@@ -268,3 +269,13 @@ def test_random_edits_keep_a_program_valid(model: str, edits: list[tuple[str, in
     assert_same(program.clone().run_examples(), program.run_examples())
     assert all(bool(torch.isfinite(w).all()) for w in weights.values())
     assert all(Change.from_dict(c.to_dict()) == c for c in program.journal.changes)
+
+
+def test_a_payload_in_another_order_is_stored_in_the_formats_order() -> None:
+    program = fresh_program("mlp")
+    site = program.sites()[0]
+    fmt = Lut(entries=8)
+    payload = fmt.encode(site.matrix())
+    with Editor(program, "test") as editor:
+        editor.compress(site, fmt, dict(reversed(list(payload.items()))), "test")
+    assert_same(program.sites()[0].payload(), payload)

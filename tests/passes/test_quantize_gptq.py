@@ -44,9 +44,9 @@ def test_equals_the_papers_algorithm_in_storage_order() -> None:
     weight, gram = torch.randn(24, 160), x.T @ x / len(x)
     one = QuantizeGptq(bits=4, act_order=False, search="minmax")  # type: ignore[arg-type]
     solver = factor(gram, damping=0.01, act_order=False, where="test")
-    codes, scale, zero = one._columns(weight, solver, *one.format.min_max(weight))
-    got = one.format.dequantize(codes, scale, zero).double()
-    want = reference_gptq(weight, gram, one.format, 0.01)
+    codes, scale, zero = one._columns(one.affine(4), weight, solver, *one.affine(4).min_max(weight))
+    got = one.affine(4).dequantize(codes, scale, zero).double()
+    want = reference_gptq(weight, gram, one.affine(4), 0.01)
     agreement = (got - want).abs() < 1e-4
     assert agreement.double().mean() > 0.995  # float32 may flip a rounding tie, and what follows it in that row
 
@@ -73,8 +73,8 @@ def test_dead_inputs_are_simply_rounded() -> None:
     gram[:3, :3] = torch.eye(3)
     weight = torch.randn(4, 6)
     one = QuantizeGptq(bits=4)
-    codes, scale, zero = one._columns(weight, factor(gram, damping=0.01, act_order=True, where="test"), *one.format.min_max(weight))
-    assert torch.equal(codes, one.format.quantize(weight, scale, zero))
+    codes, scale, zero = one._columns(one.affine(4), weight, factor(gram, damping=0.01, act_order=True, where="test"), *one.affine(4).min_max(weight))
+    assert torch.equal(codes, one.affine(4).quantize(weight, scale, zero))
 
 
 def test_embedding_is_skipped_with_a_reason_and_the_tied_head_is_taken() -> None:

@@ -84,7 +84,6 @@ def test_quantizing_twice_is_refused() -> None:
     [
         ("quantize_rtn{bits=9}", "must be <= 8"),
         ("quantize_rtn{bits=four}", "expected int"),
-        ("quantize_rtn", "missing option 'bits'"),
         ("quantize_rtn{bit=4}", "did you mean 'bits'"),
         ("quantize_rtm{bits=4}", "did you mean 'quantize_rtn'"),
         ("quantize_rtn{bits=4,search=best}", "expected one of"),
