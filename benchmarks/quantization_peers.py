@@ -1,10 +1,10 @@
 """HQQ and NNCF as the peers of `benchmarks/quality.py`: SmolLM2-135M's linears quantized by them, dumped as the weights their models compute with.
 
     python benchmarks/quantization_peers.py prepare               # the model and the calibration windows, for the peers
-    python3 -m venv /tmp/peers
-    /tmp/peers/bin/pip install torch==2.13.0 transformers==5.23.0 safetensors hqq==0.2.8.post1 nncf==3.4.0 openvino==2026.4.1
-    OMP_NUM_THREADS=1 /tmp/peers/bin/python benchmarks/quantization_peers.py hqq --bits 2 3 4
-    OMP_NUM_THREADS=1 /tmp/peers/bin/python benchmarks/quantization_peers.py nncf
+    python3 -m venv peers-env
+    peers-env/bin/pip install torch==2.13.0 transformers==5.23.0 safetensors hqq==0.2.8.post1 nncf==3.4.0 openvino==2026.4.1
+    OMP_NUM_THREADS=1 peers-env/bin/python benchmarks/quantization_peers.py hqq --bits 2 3 4
+    OMP_NUM_THREADS=1 peers-env/bin/python benchmarks/quantization_peers.py nncf
     python benchmarks/quantization_peers.py evaluate --windows 8 16
 
 All lies in `~/.cache/fxpress/peers` (`FXPRESS_CACHE`): `NAME.safetensors` with Hugging Face names, `NAME.json` with the version, the options, the bits that
