@@ -132,6 +132,11 @@ def compare_speed(linears: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any
         rows[f"{bits} bits"] = {"published_seconds": theirs, "ours_seconds": ours, "ratio": theirs / ours, "rows_worse": worse, "error_of_published": excess}
         print(f"{bits} bits: published {theirs:.0f} s (scaled), ours {ours:.2f} s: {theirs / ours:.0f}x; its error is {excess:.4f} of ours")
         print(f"    ours is worse in {worse} rows of the sample", flush=True)
+    began = time.perf_counter()
+    for matrix, fisher in linears.values():
+        cluster_rows(matrix, fisher, 16, threads=2)
+    rows["4 bits, two threads"] = {"ours_seconds": time.perf_counter() - began}
+    print(f"4 bits, two threads: {rows['4 bits, two threads']['ours_seconds']:.2f} s for all rows", flush=True)
     return rows
 
 

@@ -71,7 +71,7 @@ class QuantizeLut(Quantization):
     power: float = option(0.5, ge=0.0, le=1.0)
     rounds: int = option(3, ge=1)
     cycles: int = option(4, ge=1)
-    damping: float = option(0.01, ge=0.0)
+    damping: float = option(0.05, ge=0.0)
     sequential: bool = True
 
     def __post_init__(self) -> None:
