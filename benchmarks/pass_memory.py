@@ -1,4 +1,4 @@
-"""Peak memory of quantize_lut on SmolLM2-135M, above what the process held before, as a multiple of the model's fp32 bytes; each recipe in a process of its own.
+"""Peak memory of quantize_lut on SmolLM2-135M above what the process held before, as a multiple of the model's fp32 bytes; each recipe in a process of its own.
 
     python benchmarks/pass_memory.py
 

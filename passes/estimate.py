@@ -67,6 +67,8 @@ def dry_run(program: Program, passes: Sequence[Pass], ctx: Context) -> DryRun:
         needs = planned.one.needs if isinstance(planned.one, SitePass) else Need.NONE
         flops = sum(d.flops for d in planned.plan.decisions)
         memory = float(planned.bytes_before + planned.bytes_after)
+        if needs & Need.FISHER:
+            memory += 4 * _planned_parameters(program, planned.plan)
         if needs is not Need.NONE:
             flops += _walk_flops(program, planned.plan, ctx, needs)
             memory += live_bytes(program, ctx) + 4 * max((s.columns**2 for s in program.sites() if s.kind is not SiteKind.EMBEDDING), default=0)
@@ -112,7 +114,13 @@ def _walk_flops(program: Program, plan: Plan, ctx: Context, needs: Need) -> floa
     forward = sum(2.0 * s.parameters for s in program.sites() if s.kind is not SiteKind.EMBEDDING) * rows
     chosen = {d.site for d in plan.decisions}
     grams = sum(2.0 * g[0].columns ** 2 for g in site_groups([s for s in program.sites() if s.name in chosen])) * rows
-    return 1.5 * forward + (grams if Need.GRAM in needs else 0.0)
+    sweeps = bool(needs & Need.GUIDED) + bool(needs & Need.FISHER)  # a sweep of gradients runs forwards twice and backwards once
+    return (1.5 + 4 * sweeps) * forward + (grams if needs & (Need.GRAM | Need.GUIDED) else 0.0)
+
+
+def _planned_parameters(program: Program, plan: Plan) -> int:
+    chosen = {d.site for d in plan.decisions}
+    return sum(s.parameters for s in program.sites() if s.name in chosen)
 
 
 def live_bytes(program: Program, ctx: Context) -> float:

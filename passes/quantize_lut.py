@@ -172,4 +172,3 @@ class QuantizeLut(Quantization):
             payload = fmt.join([payload, sparse.pack(problem.kept, rest)])
         why = f"{lut.entries} table entries, {self.sensitivity.value} sensitivity" + (", refined by LNQ" if self.refine is Refine.LNQ else "")
         return self.write(editor, site, problem.matrix, fmt, payload, facts, why)
-

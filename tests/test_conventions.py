@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import importlib
 import re
+import types
 import typing
 from enum import Enum
 from pathlib import Path
@@ -59,6 +60,8 @@ def legal_value(hint: Any, bounds: typing.Mapping[str, Any]) -> Any:
         return min(bounds.get("le", 4), max(bounds.get("ge", 4), 4))
     if hint is float:
         return min(bounds.get("le", 0.5), max(bounds.get("ge", 0.5), 0.5))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return legal_value(typing.get_args(hint)[0], bounds)
     return typing.get_origin(hint)() if typing.get_origin(hint) else "text"
 
 

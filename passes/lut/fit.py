@@ -146,4 +146,3 @@ def _by_gram(problem: Problem, grams: Sequence[Tensor], codes: Tensor, values: T
         out.append((Rows(matrix=problem.matrix[part], gram=gram, frozen=frozen[part], threads=THREADS), codes[part], values[part]))
         start += count
     return out
-
