@@ -16,8 +16,8 @@ from torch import Tensor
 from .segments import Array, best_runs, compiled, sweep
 
 EXACT = 8192  # longer rows are solved on a grid of so many edges first
-CHUNK_ELEMENTS = 2**21
-COARSE = 16  # edges a run on the grid that the price is first looked for on
+CHUNK_ELEMENTS = 2**16
+COARSE = 24  # edges a run on the grid that the price is first looked for on
 FLOOR = 1e-13  # a weight counts at least this share of its row's total: smaller ones vanish in the prefix sums
 
 

@@ -47,9 +47,11 @@ def total_cost(w: Array, s: Array, q: Array, edges: Array, runs: int) -> float:
 @compiled
 def _suffix(w: Array, s: Array, q: Array, suffix: Array, ends: Array, i: int, low: int, high: int) -> bool:
     """Best end of a run that starts at `i`, among `low` to `high`, tried from the right; False when the scan ran into `low` without proof."""
+    wi, si, qi = w[i], s[i], q[i]
     best, end, j = BIG, high, high
     while j >= low and suffix[j] < best:  # suffix costs grow to the left, and a run costs at least nothing
-        cost = suffix[j] + run_cost(w, s, q, i, j)
+        d = s[j] - si
+        cost = suffix[j] + ((q[j] - qi) - d * d / (w[j] - wi))
         if cost < best:
             best, end = cost, j
         j -= 1
@@ -122,7 +124,7 @@ def best_runs(w: Array, s: Array, q: Array, runs: int, price: float, edges: Arra
     few[1], count_few, count_many = n, 1, n
     cost_few, cost_many = run_cost(w, s, q, 0, n), 0.0
     secant, block = False, 4
-    while block < min(64, n // (10 * runs)):
+    while block < min(64, n // (8 * runs)):
         block *= 2
     for attempt in range(ATTEMPTS):
         count = price_path(w, s, q, price, suffix, ends, path, block)
