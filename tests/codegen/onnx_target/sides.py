@@ -30,6 +30,18 @@ class Side(nn.Module):
         return [layer(x) for layer in self.layers]
 
 
+class Tied(nn.Module):
+    """Embedding and output projection with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 64)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """`[B, T] int64 -> [B, T, 40]`."""
+        return torch.nn.functional.linear(torch.tanh(self.embed(ids)), self.embed.weight)
+
+
 def compressed(model: nn.Module, example: Tensor, formats: Sequence[str | WeightFormat], **options: Any) -> Program:
     """The captured model with its sites in `formats`, one for each."""
     program = capture(model.eval(), (example,), **options)
@@ -40,9 +52,9 @@ def compressed(model: nn.Module, example: Tensor, formats: Sequence[str | Weight
     return program
 
 
-def shared(model: nn.Module, example: Tensor, spec: str) -> Program:
+def shared(model: nn.Module, example: Tensor, given: str | WeightFormat) -> Program:
     """All sites of `model` read one payload."""
-    program, fmt = capture(model.eval(), (example,)), parse_format(spec)
+    program, fmt = capture(model.eval(), (example,)), parse_format(given) if isinstance(given, str) else given
     payload = fmt.encode(program.sites()[0].matrix())
     with Editor(program, "test") as editor:
         for site in program.sites():
@@ -61,15 +73,23 @@ def run(path: str, feed: dict[str, np.ndarray[Any, Any]], *, optimized: bool) ->
 
 def errors(make: Callable[[], nn.Module], example: Tensor, specs: Sequence[str], folder: Path) -> tuple[OnnxReport, dict[str, tuple[float, float]]]:
     """The report on one file with all formats, and per format the relative errors against double precision, exact and optimized."""
+    report, exact, optimized = side_by_side(make, example, specs, folder)
+    return report, dict(zip(specs, zip(exact, optimized, strict=True), strict=True))
+
+
+def side_by_side(
+    make: Callable[[], nn.Module], example: Tensor, formats: Sequence[str | WeightFormat], folder: Path, **options: Any
+) -> tuple[OnnxReport, list[float], list[float]]:
+    """The report on one file with all formats, and the relative errors of each against double precision, exact and as ONNX Runtime optimizes it."""
     torch.manual_seed(0)
-    program = compressed(Side([make() for _ in specs]), example, specs)
-    report = export_onnx(program, folder / "model.onnx", check=False)
-    expected = doubled(program, Side([make() for _ in specs]), example)
+    program = compressed(Side([make() for _ in formats]), example, formats)
+    report = export_onnx(program, folder / "model.onnx", check=False, **options)
+    expected = doubled(program, Side([make() for _ in formats]), example)
     found = []
     for optimized in (False, True):
         got = run(report.path, {"x": example.numpy()}, optimized=optimized)
         found.append([float(np.abs(g - e.numpy()).max() / e.abs().max()) for g, e in zip(got, expected, strict=True)])
-    return report, dict(zip(specs, zip(*found, strict=True), strict=True))
+    return report, found[0], found[1]
 
 
 def doubled(program: Program, model: Side, example: Tensor) -> list[Tensor]:

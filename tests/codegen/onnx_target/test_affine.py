@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxpress.codegen.onnx_target import OnnxReport, export_onnx
-from fxpress.ir.capture import capture
-from fxpress.ir.edit import Editor
 from fxpress.ir.formats.affine import Affine, Granularity, ScaleType
 from fxpress.ir.program import Program
+
+from .sides import Side, Tied, compressed, shared, side_by_side
 
 Sharing = int | Granularity
 SHARINGS: tuple[Sharing, ...] = (Granularity.TENSOR, Granularity.CHANNEL, 16, 24, 32, 48, 64)
 COMBINATIONS = tuple(itertools.product(range(1, 9), (True, False), SHARINGS))
-
-
-class Side(nn.Module):
-    """The same kind of layer many times over, side by side."""
-
-    def __init__(self, layers: list[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [layer(x) for layer in self.layers]
 
 
 def affine(bits: int, symmetric: bool, sharing: Sharing, scales: ScaleType = ScaleType.FLOAT16) -> Affine:
@@ -42,47 +28,12 @@ def affine(bits: int, symmetric: bool, sharing: Sharing, scales: ScaleType = Sca
     return Affine(bits=bits, symmetric=symmetric, granularity=sharing, scale_dtype=scales)
 
 
-def compressed(model: nn.Module, example: Tensor, formats: list[Affine], **options: Any) -> Program:
-    program = capture(model.eval(), (example,), **options)
-    with Editor(program, "test") as editor:
-        for site, fmt in zip(program.sites(), formats, strict=True):
-            editor.compress(site, fmt, fmt.encode(site.matrix()), "test")
-    return program
+FORMATS = [affine(*c) for c in COMBINATIONS]
 
 
 def export(program: Program, folder: Path, **options: Any) -> tuple[OnnxReport, onnx.ModelProto]:
     report = export_onnx(program, folder / "model.onnx", **options)
     return report, onnx.load(str(folder / "model.onnx"))
-
-
-def run(path: str, feed: dict[str, np.ndarray[Any, Any]], *, optimized: bool) -> list[np.ndarray[Any, Any]]:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    if not optimized:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return session.run(None, feed)
-
-
-def side_by_side(make: Callable[[], nn.Module], example: Tensor, folder: Path, **options: Any) -> tuple[OnnxReport, list[float], list[float]]:
-    """Export all combinations in one file; relative errors of each output against double precision, exact and as ONNX Runtime runs it."""
-    torch.manual_seed(0)
-    formats = [affine(*c) for c in COMBINATIONS]
-    program = compressed(Side([make() for _ in formats]), example, formats)
-    report, _ = export(program, folder, check=False, **options)
-    model = Side([make() for _ in formats]).double()
-    for site, layer in zip(program.sites(), model.layers, strict=True):
-        state = {"weight": site.matrix().double().reshape(site.shape)}
-        if site.bias is not None:
-            state["bias"] = program.graph_module.get_parameter(site.bias).double()
-        layer.load_state_dict(state)
-    with torch.no_grad():
-        expected = model(example.double() if example.is_floating_point() else example)
-    errors = []
-    for optimized in (False, True):
-        got = run(report.path, {"x": example.numpy()}, optimized=optimized)
-        errors.append([float(np.abs(g - e.numpy()).max() / e.abs().max()) for g, e in zip(got, expected, strict=True)])
-    return report, errors[0], errors[1]
 
 
 def worst(errors: list[float], bound: float) -> dict[str, float]:
@@ -91,7 +42,7 @@ def worst(errors: list[float], bound: float) -> dict[str, float]:
 
 @pytest.mark.parametrize("opset", [None, 21])
 def test_linears(tmp_path: Path, opset: int | None) -> None:
-    report, exact, fused = side_by_side(lambda: nn.Linear(100, 10), torch.randn(3, 100), tmp_path, opset=opset)
+    report, exact, fused = side_by_side(lambda: nn.Linear(100, 10), torch.randn(3, 100), FORMATS, tmp_path, opset=opset)
     assert report.opset == (opset or 25), "2-bit integers ask for opset 25"
     assert not worst(exact, 1e-6)
     assert not worst(fused, 3e-2), "MatMulNBits rounds activations to 8 bits; more than this is wrong weights"
@@ -99,7 +50,7 @@ def test_linears(tmp_path: Path, opset: int | None) -> None:
 
 
 def test_embeddings(tmp_path: Path) -> None:
-    report, exact, fused = side_by_side(lambda: nn.Embedding(20, 100), torch.randint(20, (2, 3)), tmp_path)
+    report, exact, fused = side_by_side(lambda: nn.Embedding(20, 100), torch.randint(20, (2, 3)), FORMATS, tmp_path)
     assert not worst(exact, 1e-6)
     assert not worst(fused, 1e-6)
     assert all(s.form.startswith("Gather") for s in report.lowering.sites)
@@ -109,7 +60,7 @@ def test_convolutions(tmp_path: Path) -> None:
     def make() -> nn.Module:
         return nn.Conv2d(16, 6, (2, 4), groups=2, stride=(2, 1), padding=(1, 0), dilation=(1, 2))
 
-    report, exact, fused = side_by_side(make, torch.randn(2, 16, 9, 9), tmp_path)
+    report, exact, fused = side_by_side(make, torch.randn(2, 16, 9, 9), FORMATS, tmp_path)
     assert report.opset == 21
     assert not worst(exact, 1e-6)
     assert not worst(fused, 1e-6)
@@ -184,16 +135,6 @@ def test_a_linear_before_relu_is_fused_too(tmp_path: Path, bias: bool, shape: tu
     assert export(compressed(model, torch.randn(shape), [Affine(bits=4)] * 3), tmp_path)[0].fused == 3
 
 
-def shared(model: nn.Module, example: Tensor, fmt: Affine) -> Program:
-    """All sites of `model` read one payload."""
-    program = capture(model.eval(), (example,))
-    payload = fmt.encode(program.sites()[0].matrix())
-    with Editor(program, "test") as editor:
-        for site in program.sites():
-            editor.compress(site, fmt, payload, "test")
-    return program
-
-
 def test_a_weight_with_several_readers_is_stored_once(tmp_path: Path) -> None:
     layer = nn.Linear(64, 64, bias=False)
     program = shared(nn.Sequential(layer, nn.Tanh(), layer), torch.randn(3, 64), Affine(bits=4))
@@ -202,17 +143,6 @@ def test_a_weight_with_several_readers_is_stored_once(tmp_path: Path) -> None:
     assert report.lowering.nbytes < 1.1 * program.nbytes
     assert "one reader only" in report.lowering.sites[0].why
     assert report.max_error < 1e-5
-
-
-class Tied(nn.Module):
-    """Embedding and output projection with one weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(40, 64)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return torch.nn.functional.linear(torch.tanh(self.embed(ids)), self.embed.weight)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -7,12 +7,12 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxpress.codegen.onnx_target import export_onnx
 from fxpress.codegen.onnx_target.codes import bit_fields
 
-from .sides import compressed, errors, shared
+from .sides import Tied, compressed, errors, shared
 
 ENTRIES = (2, 3, 4, 7, 8, 16, 29, 64, 100, 256)
 OPTIONS = ("", ",rows_per_table=3", ",rows_per_table=none", ",scale_dtype=float32", ",table=float16", ",table=float32,rows_per_table=4")
@@ -76,18 +76,6 @@ def test_bit_fields(bits: int) -> None:
 def test_a_linear_before_relu_is_fused_too(tmp_path: Path, bias: bool, shape: tuple[int, ...]) -> None:
     model = nn.Sequential(nn.Linear(32, 160, bias=bias), nn.ReLU(), nn.Linear(160, 8, bias=bias), nn.ReLU6(), nn.Linear(8, 4))
     assert export_onnx(compressed(model, torch.randn(shape), ["lut{entries=16}"] * 3), tmp_path / "model.onnx").fused == 3
-
-
-class Tied(nn.Module):
-    """Embedding and output projection with one weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(40, 64)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """`[B, T] int64 -> [B, T, 40]`."""
-        return torch.nn.functional.linear(torch.tanh(self.embed(ids)), self.embed.weight)
 
 
 @pytest.mark.parametrize("spec", ["lut{entries=16}", "lut{entries=8,rows_per_table=4}"])
