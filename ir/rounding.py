@@ -1,18 +1,29 @@
-"""Scales as they are stored: rounded to a narrower float type, never to zero or to infinity."""
+"""Numbers as they are stored: rounded to a narrower float type, scales never to zero, nothing ever to infinity or cut."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from .errors import FormatError
+
 SMALLEST_HALF = 2.0**-24  # subnormal halves too: the 8-bit steps of weights near 1e-3 are such
 
 
+def narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` (any shape, finite) in `dtype`; FormatError when one is larger than it can hold."""
+    stored = values.to(dtype)
+    if not bool(stored.isfinite().all()):
+        limit = torch.finfo(dtype).max
+        raise FormatError(f"{str(dtype).removeprefix('torch.')} holds magnitudes up to {limit:g}, got {float(values.abs().max()):g}; store it as float32")
+    return stored
+
+
 def fit(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`scale` (any shape, not negative) within what `dtype` can hold; a scale of 0, which belongs to weights that are all 0, becomes 1."""
-    info = torch.finfo(dtype)
-    smallest = SMALLEST_HALF if dtype is torch.float16 else info.smallest_normal
-    return torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(smallest, info.max)
+    """`scale` (any shape, not negative) as large as `dtype` needs; 0, which belongs to weights that are all 0, becomes 1. FormatError beyond its range."""
+    smallest = SMALLEST_HALF if dtype is torch.float16 else torch.finfo(dtype).smallest_normal
+    narrow(scale, dtype)
+    return torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(min=smallest)
 
 
 def round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:

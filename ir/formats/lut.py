@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..centroids import fit_tables, nearest_codes
 from ..errors import FormatError
-from ..rounding import fit, round_up
+from ..rounding import fit, narrow, round_up
 from ..spec import option
 from .affine import ScaleType
 from .base import Payload, TensorSpec, WeightFormat
@@ -100,8 +100,7 @@ class Lut(WeightFormat):
     def _cast(self, tables: Tensor) -> Tensor:
         if self.table is TableType.INT8:
             return tables.round().clamp_(-LARGEST, LARGEST).to(torch.int8)
-        largest = torch.finfo(self._table_dtype).max
-        return tables.clamp(-largest, largest).to(self._table_dtype)
+        return narrow(tables, self._table_dtype)
 
     @property
     def _table_dtype(self) -> torch.dtype:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from ..rounding import narrow
 from ..spec import option
 from .base import Payload, TensorSpec, WeightFormat
 
@@ -79,11 +80,10 @@ class SparseOutliers(WeightFormat):
         place = row % self.tile_rows * self.tile_columns + column % self.tile_columns
         order = (tile * MOST_PLACES + place).argsort()
         borders = torch.arange(down * across + 1, device=mask.device)
-        limit = torch.finfo(self._value_dtype).max
         return {
             "tile_starts": torch.searchsorted(tile[order], borders).to(torch.int32),
             "positions": place[order].to(torch.uint16),
-            "values": matrix[row, column][order].float().clamp(-limit, limit).to(self._value_dtype),
+            "values": narrow(matrix[row, column][order].float(), self._value_dtype),
         }
 
     def indices(self, payload: Payload, rows: int, columns: int) -> tuple[Tensor, Tensor]:

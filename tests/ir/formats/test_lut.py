@@ -94,7 +94,7 @@ def test_stored_tables_are_within_half_a_step(case: tuple[Tensor, Lut]) -> None:
     """What `store` returns stands for the tables it was given, and keeps zeros."""
     matrix, fmt = case
     count = fmt.tables(len(matrix))
-    tables, scale = matrix[:1].repeat(count, fmt.entries)[:, : fmt.entries].clone(), matrix.abs().amax(1) + 1e-3
+    tables, scale = matrix[:1].repeat(count, fmt.entries)[:, : fmt.entries] / (matrix[:1].abs().max() + 1e-3), matrix.abs().amax(1) + 1e-3
     tables[:, 0] = 0
     table, stored = fmt.store(tables, scale)
     values = fmt.values({"table": table} | ({} if stored is None else {"scale": stored}), *matrix.shape)
@@ -103,6 +103,14 @@ def test_stored_tables_are_within_half_a_step(case: tuple[Tensor, Lut]) -> None:
     small = 127 * 2.0**-24 * (wanted.abs().amax(1, keepdim=True) < 0.01)  # scales that are subnormal halves have few digits
     assert bool(((values - wanted).abs() <= limit + small).all())
     assert bool((values[:, 0] == 0).all())
+
+
+@pytest.mark.parametrize("spec", ["lut{entries=4,table=float16}", "lut{entries=4,table=float16,rows_per_table=none}", "lut{entries=4}"])
+def test_weights_beyond_half_precision_are_refused(spec: str) -> None:
+    with pytest.raises(FormatError, match=r"float16 holds magnitudes up to 65504, got .*; store it as float32"):
+        parse_format(spec).encode(torch.tensor([[1e8, 0.0, -1e8]]))
+    wide = parse_format(spec.replace("table=float16", "table=float32").replace("}", ",scale_dtype=float32}"))
+    assert_same(wide.decode(wide.encode(torch.tensor([[1e8, 0.0, -1e8]])), 1, 3, torch.float32).sign(), torch.tensor([[1.0, 0.0, -1.0]]))
 
 
 @pytest.mark.parametrize(("entries", "limit"), [(2, 0.65), (4, 0.37), (7, 0.23), (8, 0.20), (16, 0.11), (64, 0.035)])

@@ -87,9 +87,11 @@ def test_the_last_place_of_a_large_tile() -> None:
     assert_same(fmt.decode(payload, 256, 256, torch.float32), matrix)
 
 
-def test_values_beyond_half_precision_are_cut() -> None:
-    fmt = SparseOutliers(count=2)
-    assert fmt.encode(torch.tensor([[1e6, 0.0, -1e6]]))["values"].tolist() == [65504.0, -65504.0]
+def test_values_beyond_half_precision_are_refused() -> None:
+    matrix = torch.tensor([[1e6, 0.0, -1e6]])
+    with pytest.raises(FormatError, match=r"float16 holds magnitudes up to 65504, got 1e\+06; store it as float32"):
+        SparseOutliers(count=2).encode(matrix)
+    assert SparseOutliers(count=2, values=ValueType.FLOAT32).encode(matrix)["values"].tolist() == [1e6, -1e6]
 
 
 def test_true_bits_per_weight_count_everything() -> None:
