@@ -76,7 +76,9 @@ def _solve_rows(x: Array, f: Array, out: Array, exact: int) -> None:
     for r in range(len(x)):
         count = _prefix(x[r], f[r], points, sums)
         shift = points[count]
-        if _few(points[:count], runs, shift, out[r]):
+        if count <= runs:  # the values themselves, the last repeated
+            out[r, :count] = points[:count] + shift
+            out[r, count:] = out[r, count - 1]
             continue
         w, s, q = sums[0, : count + 1], sums[1, : count + 1], sums[2, : count + 1]
         edges = _edges(points[:count], w, s, q, runs, exact, drift)
@@ -86,47 +88,42 @@ def _solve_rows(x: Array, f: Array, out: Array, exact: int) -> None:
 
 @compiled
 def _prefix(x: Array, f: Array, points: Array, sums: Array) -> int:
-    """Centred points of positive weight into `points`, the centre behind them, their prefix sums into `sums: [3, n + 1]`; returns how many."""
-    total = f.sum()
-    mean = (f * x).sum() / total if total > 0 else x.mean()
-    count = 0
+    """Distinct centred points of positive weight into `points`, the centre behind them, prefix sums into `sums: [3, n + 1]`; returns how many.
+
+    Equal weights become one point: checkpoints kept in 16 bits or less have many.
+    """
+    total = spread = 0.0
     for i in range(len(x)):
-        weight = max(f[i] / total, FLOOR) if total > 0 else 1.0 / len(x)
-        if total > 0 and f[i] <= 0:
-            continue
-        point = x[i] - mean
-        points[count] = point
-        count += 1
-        sums[0, count] = sums[0, count - 1] + weight
-        sums[1, count] = sums[1, count - 1] + weight * point
-        sums[2, count] = sums[2, count - 1] + weight * point * point
+        total += f[i]
+        spread += f[i] * x[i]
+    every, share = total <= 0, 1 / total if total > 0 else 1 / len(x)
+    mean = x.mean() if every else spread * share
+    count, value = 0, np.nan
+    weight = first = second = 0.0
+    for i in range(len(x)):
+        if every or f[i] > 0:
+            mass, point = share if every else max(f[i] * share, FLOOR), x[i] - mean
+            weight += mass
+            first += mass * point
+            second += mass * point * point
+            count += x[i] != value
+            value = x[i]
+            points[count - 1] = point
+            sums[0, count], sums[1, count], sums[2, count] = weight, first, second
     points[count] = mean
     return count
 
 
 @compiled
-def _few(points: Array, entries: int, shift: float, out: Array) -> bool:
-    """Rows with no more distinct values than entries: the values themselves, the last repeated."""
-    found = 0
-    for i in range(len(points)):
-        if i == 0 or points[i] != points[i - 1]:
-            if found == entries:
-                return False
-            out[found] = points[i] + shift
-            found += 1
-    out[found:] = out[found - 1]
-    return True
-
-
-@compiled
 def _edges(points: Array, w: Array, s: Array, q: Array, runs: int, exact: int, drift: Array) -> Array:
     """Edges of the best runs; of more than `exact` points first on a grid of edges, then by Lloyd's iteration over all points."""
-    n = len(points)
+    n, price = len(points), _price(points, w, runs)
+    if n <= exact:
+        return _optimal(w, s, q, runs, price, drift)
     stride = -(-n // exact)
     grid = np.minimum(np.arange(0, n + stride, stride), n)
-    edges = grid[_optimal(w[grid], s[grid], q[grid], runs, _price(points, w, runs), drift)]
-    if stride > 1:
-        sweep(points, w, s, edges, 200)
+    edges = grid[_optimal(w[grid], s[grid], q[grid], runs, price, drift)]
+    sweep(points, w, s, edges, 200)
     return edges
 
 
