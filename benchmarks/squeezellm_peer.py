@@ -86,7 +86,7 @@ def run(bits: int, linears: Mapping[str, tuple[Tensor, Tensor]], processes: int)
     save_file(dump, peers_folder() / f"squeezellm{bits}.safetensors")
     total = sum(m.numel() for m, _ in linears.values())
     stored = sum(bits * m.numel() + 16 * 2**bits * len(m) for m, _ in linears.values()) / total
-    facts = {"version": "scikit-learn KMeans, as published", "options": {"bits": bits}, "bits_per_weight": stored, "seconds": float("nan")}
+    facts = {"version": "scikit-learn KMeans, as published", "options": {"bits": bits}, "bits_per_weight": stored, "seconds": 0.0}
     (peers_folder() / f"squeezellm{bits}.json").write_text(json.dumps(facts))
     print(f"squeezellm{bits}: {stored:.3f} bits a weight", flush=True)
 
