@@ -21,7 +21,7 @@ from .journal import Action, Change, NodeRecord
 from .nodes import argument, get_tensor, module_path, node_type, op_name
 from .program import Program, Stage
 from .resize import changed_tensors, checked_choice, readers, resize
-from .sites import SiteKind, WeightSite, find_sites
+from .sites import CONVOLUTIONS, SiteKind, WeightSite, find_sites
 from .weights import alias_classes, delete_tensor, named_tensors, set_tensor
 
 
@@ -295,7 +295,7 @@ def _compressed_call(site: WeightSite, fmt: WeightFormat, stored: list[fx.Node])
     spec, shape = fmt.to_spec(), list(site.shape)
     if site.kind is SiteKind.EMBEDDING:
         return torch.ops.fxpress.embedding.default, (site.data, stored, spec, shape, site.dtype)
-    if site.kind in (SiteKind.CONV1D, SiteKind.CONV2D):
+    if site.kind in CONVOLUTIONS:
         return torch.ops.fxpress.conv.default, (site.data, stored, argument(site.node, "bias"), spec, shape, *conv_geometry(site), site.groups)
     bias = {SiteKind.LINEAR: "bias", SiteKind.ADDMM: "self"}.get(site.kind)
     return torch.ops.fxpress.linear.default, (site.data, stored, argument(site.node, bias) if bias else None, spec, [site.rows, site.columns])

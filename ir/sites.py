@@ -38,6 +38,9 @@ class SiteKind(Enum):
     EMBEDDING = "embedding"  # weight [V, D]
 
 
+CONVOLUTIONS = (SiteKind.CONV1D, SiteKind.CONV2D)
+
+
 @dataclass(frozen=True)
 class _Operator:
     kind: SiteKind

@@ -14,12 +14,12 @@ from .axes import AxisAnalysis, AxisClass, analyze_axes
 from .axis_rules.pointwise import is_pointwise
 from .finders.attention import Attention, find_attentions
 from .finders.feed_forward import FeedForward, find_feed_forwards
-from .finders.flow import CONV, SAME, Flow, short_name
+from .finders.flow import SAME, Flow, short_name
 from .finders.norms import ConvNorm, NormLinear, find_conv_norms, find_norm_linears
 from .finders.residual import Block, BlockKind, Residual, find_residuals, find_sums, make_blocks, residual_leaves
 from .finders.scale_pairs import ScaleKind, ScalePair, find_scale_pairs
 from .program import Program
-from .sites import SiteKind, WeightSite
+from .sites import CONVOLUTIONS, SiteKind, WeightSite
 from .structure_text import Line, structure_tree
 
 __all__ = [
@@ -117,7 +117,7 @@ def _roles(flow: Flow, residuals: tuple[Residual, ...], attentions: tuple[Attent
         found += [(c, Role.V_DIM) for c in a.v_dims]
         found += [(c, Role.ROPE if a.rotary else Role.QK_DIM) for c in a.qk_dims]
     found += [(c, Role.FFN) for f in feed_forwards for c in f.hiddens]
-    found += [(c, Role.CONV_OUT) for s in flow.sites.values() if s.kind in CONV for c in flow.classes(flow.out_leaves(s))]
+    found += [(c, Role.CONV_OUT) for s in flow.sites.values() if s.kind in CONVOLUTIONS for c in flow.classes(flow.out_leaves(s))]
     for one, role in found:
         roles.setdefault(one, role)
     return roles

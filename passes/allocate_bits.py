@@ -19,13 +19,13 @@ from ..ir.program import Program
 from ..ir.sites import WeightSite
 from ..ir.spec import option
 from .base import Decision, Guarantee, Pass, Plan, SiteResult, Skip, parse_pass
-from .bit_curves import bit_curves, rounded, row_weights
+from .bit_curves import bit_curves, rounded
 from .context import Context
 from .examples import Example
 from .knapsack import choose
-from .losses import Criterion, Objective, find_language
 from .quantizing import PLANNED_BITS, Quantization
-from .structured.loss import example_loss
+from .sensitivities import row_weights
+from .structured.loss import example_loss, task_criterion
 from .tapped import Tapped
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -72,7 +72,7 @@ class AllocateBits(Pass):
         budget = _budget_bytes(self.budget, sum(s.parameters for s in sites))
         picked = choose([curves[s.name].tolist() for s in sites], sizes, budget)
         if self.swaps:
-            picked = _Swaps(program, sites, curves, sizes, budget, self, diagonals, ctx).improve(picked)
+            picked = _Swaps(program=program, sites=sites, curves=curves, diagonals=diagonals, sizes=sizes, budget=budget, one=self, ctx=ctx).improve(picked)
         decisions = [self._decision(s, p, curves[s.name], z) for s, p, z in zip(sites, picked, sizes, strict=True)]
         return Plan(pass_spec=self.to_spec(), decisions=tuple(decisions), skips=skips)
 
@@ -81,8 +81,7 @@ class AllocateBits(Pass):
         widest = replace(self.follower, bits=max(self.widths))
         taken, skips = [], []
         for site in program.sites():
-            out = f"{widest.name} takes {', '.join(sorted(k.value for k in widest.site_kinds))}; this is {site.kind.value}"
-            why = self.why_unnamed(site.name) or widest.why_unnamed(site.name) or (None if site.kind in widest.site_kinds else out) or widest.why_not(site)
+            why = self.why_unnamed(site.name) or widest.why_skip(site)
             if why is None:
                 taken.append(site)
             else:
@@ -121,25 +120,18 @@ def _budget_bytes(budget: float | str, parameters: int) -> int:
     return int(number * parameters / 8) if bits else int(number * UNITS[unit])
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Swaps:
     """Tries exchanges of width between two sites by the loss of the whole program with rounded weights."""
 
-    def __init__(
-        self,
-        program: Program,
-        sites: Sequence[WeightSite],
-        curves: Mapping[str, Tensor],
-        sizes: Sequence[Sequence[int]],
-        budget: int,
-        one: AllocateBits,
-        diagonals: Mapping[str, Tensor],
-        ctx: Context,
-    ) -> None:
-        self.program, self.sites, self.curves, self.sizes, self.budget, self.one, self.diagonals, self.ctx = (
-            program, sites, curves, sizes, budget, one, diagonals, ctx
-        )  # fmt: skip
-        self.runner = Tapped(program)
-        self.criterion = Criterion(objective=Objective.TASK, loss=ctx.loss, language=find_language(program))
+    program: Program
+    sites: Sequence[WeightSite]
+    curves: Mapping[str, Tensor]
+    diagonals: Mapping[str, Tensor]
+    sizes: Sequence[Sequence[int]]
+    budget: int
+    one: AllocateBits
+    ctx: Context
 
     def improve(self, picked: list[int]) -> list[int]:
         """The plan after up to `swaps` trials."""
@@ -183,10 +175,11 @@ class _Swaps:
 
     def _loss(self, weights: Mapping[str, Tensor]) -> float:
         generator, total = self.ctx.generator(), 0.0
+        criterion, runner = task_criterion(self.program, self.ctx), Tapped(self.program)
         with torch.no_grad():
             for call in self.ctx.calibration:
                 example = Example(call)
-                total += float(example_loss(self.criterion, self.program, example, self.runner(call, weights), generator))
+                total += float(example_loss(criterion, self.program, example, runner(call, weights), generator))
         if not total < float("inf"):
             raise PassError("allocate_bits: the loss on the calibration data is not finite; use more widths or fewer swaps")
         return total

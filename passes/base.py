@@ -208,14 +208,15 @@ class SitePass(Pass):
         """Split the sites into decisions and skips."""
         decisions, skips = [], []
         for site in program.sites():
-            why = self._why_skip(site)
+            why = self.why_skip(site)
             if why is None:
                 decisions.append(self.decide(site, ctx))
             else:
                 skips.append(Skip(site.name, why))
         return Plan(pass_spec=self.to_spec(), decisions=tuple(decisions), skips=tuple(skips))
 
-    def _why_skip(self, site: WeightSite) -> str | None:
+    def why_skip(self, site: WeightSite) -> str | None:
+        """Why the pass leaves this site alone: not named, of another kind, or one that it cannot take."""
         if (unnamed := self.why_unnamed(site.name)) is not None:
             return unnamed
         if site.kind not in self.site_kinds:

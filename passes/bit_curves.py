@@ -26,13 +26,7 @@ from .lut.fit import Problem, fit_tables
 from .memory import Tensors, remembered
 from .quantizing import Quantization
 from .ranges import RangeSearch, find_range
-from .sensitivities import guided_positions
-
-
-def row_weights(site: WeightSite, diagonals: Tensor) -> Tensor:
-    """Weights of the squared errors, `[N, K]`, from the diagonals `[P, K]` of the Grams of P equal parts of the rows."""
-    sizes = torch.tensor([len(p) for p in torch.arange(site.rows).tensor_split(len(diagonals))])
-    return diagonals.repeat_interleave(sizes, 0)
+from .sensitivities import guided_positions, row_weights
 
 
 def rounded(matrix: Tensor, fmt: WeightFormat, weights: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ..ir.inputs import Inputs, as_inputs
 from ..ir.nodes import get_tensor
 from ..ir.ops import decode_once
 from ..ir.program import Program
-from ..ir.sites import SiteKind, WeightSite
+from ..ir.sites import CONVOLUTIONS, SiteKind, WeightSite
 from .base import Need
 from .context import Call
 
@@ -109,7 +109,7 @@ def _sum(total: Tensor | None, part: Tensor) -> Tensor:
 
 def site_rows(site: WeightSite, x: Tensor) -> Iterable[Tensor]:
     """The rows `[G, T, K]` that the site's matrix multiplies, in slices; `x` is the site's data."""
-    if site.kind not in (SiteKind.CONV1D, SiteKind.CONV2D):
+    if site.kind not in CONVOLUTIONS:
         yield x.reshape(1, -1, x.shape[-1])
         return
     stride, padding, dilation = (tuple(v) if len(v) == 2 else (pad, *v) for v, pad in zip(conv_geometry(site), (1, 0, 1), strict=True))
@@ -125,7 +125,7 @@ def why_not_observable(site: WeightSite) -> str | None:
     """Reason why the rows a site sees cannot be formed, or None."""
     if site.kind is SiteKind.EMBEDDING:
         return "an embedding sees indices, not rows; use a pass without calibration"
-    if site.kind in (SiteKind.CONV1D, SiteKind.CONV2D):
+    if site.kind in CONVOLUTIONS:
         return why_not_compressible(site)
     return None
 
@@ -134,7 +134,7 @@ def site_groups(sites: Sequence[WeightSite]) -> list[list[WeightSite]]:
     """Sites that see the same rows (query, key and value projections), in graph order of their first member."""
     groups: dict[Any, list[WeightSite]] = {}
     for site in sites:
-        convolution = site.kind in (SiteKind.CONV1D, SiteKind.CONV2D)
+        convolution = site.kind in CONVOLUTIONS
         key = (site.data, site.groups, site.shape[2:], str(conv_geometry(site))) if convolution else (site.data,)
         groups.setdefault(key, []).append(site)
     return list(groups.values())

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from ..ir.edit import Editor
 from ..ir.nodes import argument, get_tensor, module_path, node_type
 from ..ir.program import Program
-from ..ir.sites import SiteKind, WeightSite
+from ..ir.sites import CONVOLUTIONS, SiteKind, WeightSite
 from .base import Decision, Guarantee, Pass, Plan, SiteResult, Skip
 from .context import Context
 
@@ -62,7 +62,7 @@ def _batch_norms(program: Program) -> list[fx.Node]:
 def _why_not(program: Program, norm: fx.Node, site: WeightSite | None) -> str | None:
     if site is None:
         return f"batch norm after {getattr(norm.args[0], 'name', 'a constant')}, which is no weight site"
-    if site.kind not in (SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.LINEAR) or site.compressed:
+    if site.kind not in (*CONVOLUTIONS, SiteKind.LINEAR) or site.compressed:
         return f"cannot scale a {site.kind.value} weight in {site.format.to_spec()}; fold before quantizing"
     if site.kind is SiteKind.LINEAR and _rank(site.node) != 2:
         return "batch norm over another axis than the linear's outputs"

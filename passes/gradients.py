@@ -20,8 +20,8 @@ from ..ir.program import Program
 from ..ir.sites import WeightSite
 from .context import Context
 from .examples import Example
-from .losses import Criterion, Objective, find_language
-from .structured.loss import example_loss
+from .memory import release
+from .structured.loss import example_loss, task_criterion
 from .tapped import Reply, output_form
 
 STRETCH = 48  # operators of one stretch
@@ -35,7 +35,7 @@ class Gradients:
     def __init__(self, program: Program, sites: Sequence[WeightSite], ctx: Context) -> None:
         self._program, self._ctx = program, ctx
         self._sites = {s.node: s for s in sites}
-        self._criterion = Criterion(objective=Objective.TASK, loss=ctx.loss, language=find_language(program))
+        self._criterion = task_criterion(program, ctx)
         self._stretches = _stretches([n for n in program.graph.nodes if n.op == "call_function"])
         self._last_use = _last_uses(self._stretches, program.graph.output_node())
 
@@ -47,6 +47,7 @@ class Gradients:
         generator = self._ctx.generator()
         for example in self._ctx.track([Example(c) for c in self._ctx.calibration], label):
             self._one(example, visit, generator)
+            release()
 
     def _one(self, example: Example, visit: Visit, generator: torch.Generator) -> None:
         values, crossing = self._forward(example)

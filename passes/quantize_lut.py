@@ -29,7 +29,7 @@ from .context import Context
 from .lut.fit import Fit, Problem, fit_tables, refine_tables
 from .lut.split import kept_apart, kept_count
 from .quantizing import PRUNED_FRACTION, Quantization
-from .sensitivities import row_parts
+from .sensitivities import row_parts, row_weights
 
 
 class Sensitivity(Enum):
@@ -123,9 +123,7 @@ class QuantizeLut(Quantization):
 
     def rewrite_site(self, editor: Editor, site: WeightSite, decision: Decision, statistics: Statistics | None, ctx: Context) -> SiteResult:
         """Split, cluster, refine, store."""
-        bits = self.bits_at(site)
-        assert bits is not None
-        matrix, lut = site.matrix().float(), self._lut(bits)
+        matrix, lut = site.matrix().float(), self._lut(self.known_bits(site))
         weights = self._weights(site, statistics)
         kept = kept_apart(matrix, weights, self.sensitive, self.outliers)
         zeros = matrix == 0
@@ -148,7 +146,7 @@ class QuantizeLut(Quantization):
             return statistics.fisher[site.name]
         found = statistics.gram if self.sensitivity is Sensitivity.GRAM else statistics.guided[site.name]
         assert found is not None
-        return torch.cat([g.diagonal().expand(n, -1) for g, n in zip(found, self._row_counts(site), strict=True)])
+        return row_weights(site, found.diagonal(dim1=1, dim2=2))
 
     def _row_counts(self, site: WeightSite) -> tuple[int, ...]:
         """Rows under each Gram."""

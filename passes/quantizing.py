@@ -14,14 +14,14 @@ from ..ir.errors import PassError
 from ..ir.formats.affine import Affine, Granularity, ScaleType
 from ..ir.formats.base import WeightFormat
 from ..ir.program import Program
-from ..ir.sites import SiteKind, WeightSite
+from ..ir.sites import CONVOLUTIONS, SiteKind, WeightSite
 from ..ir.spec import option
 from .base import Decision, SitePass, SiteResult
 from .context import Context
 from .ranges import RangeSearch
 
 PRUNED_FRACTION = 0.1  # a site with this many exact zeros counts as pruned
-MATRICES = (SiteKind.LINEAR, SiteKind.ADDMM, SiteKind.MM, SiteKind.CONV1D, SiteKind.CONV2D)
+MATRICES = (SiteKind.LINEAR, SiteKind.ADDMM, SiteKind.MM, *CONVOLUTIONS)
 PLANNED_BITS = "fxpress_bits"  # key of a site's planned width in its node's meta, where `allocate_bits` leaves it
 
 
@@ -51,10 +51,14 @@ class Quantization(SitePass):
 
     def planned_format(self, site: WeightSite) -> WeightFormat:
         """The format the site will hold."""
+        return self.format_of(site, self.known_bits(site))
+
+    def known_bits(self, site: WeightSite) -> int:
+        """The width of this site's codes; PassError when nothing says."""
         bits = self.bits_at(site)
         if bits is None:
             raise PassError(f"{self.name} at {site}: {self._no_bits}")
-        return self.format_of(site, bits)
+        return bits
 
     @property
     def _no_bits(self) -> str:
@@ -122,9 +126,7 @@ class AffineQuantization(Quantization):
 
     def format_at(self, site: WeightSite) -> Affine:
         """The format of a site whose width is known."""
-        bits = self.bits_at(site)
-        assert bits is not None
-        return self.affine(bits)
+        return self.affine(self.known_bits(site))
 
     def flops(self, site: WeightSite) -> float:
         """A search tries 25 ranges."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..ir.errors import CalibrationError
 from ..ir.program import Program
-from ..ir.sites import SiteKind, WeightSite
+from ..ir.sites import CONVOLUTIONS, WeightSite
 from .base import Guidance, Need
 from .calibrate import CalibrationWalk, Statistics, site_rows
 from .context import Context
@@ -23,7 +23,6 @@ from .gradients import Gradients
 from .memory import Memory, Tensors, remembered
 
 BLOCK_BYTES = 2**30  # Fisher sums held at once; more sites are done in several sweeps
-CONVOLUTIONS = (SiteKind.CONV1D, SiteKind.CONV2D)
 
 
 class Sensitivities:
@@ -58,7 +57,8 @@ class Sensitivities:
         if name not in self._fisher:
             block = next(b for b in fisher_blocks(self._sites) if name in {s.name for s in b})
             self._fisher.clear()
-            self._fisher.update({s.name: torch.ones(s.rows, s.columns) for s in block} | diagonal_fisher(self._program, block, self._ctx))
+            self._fisher.update(diagonal_fisher(self._program, block, self._ctx))
+            self._fisher.update({s.name: torch.ones(s.rows, s.columns) for s in block if s.name not in self._fisher})
         return self._fisher[name]
 
 
@@ -67,6 +67,12 @@ def row_parts(site: WeightSite, groups: int) -> list[range]:
     channels = site.rows // site.groups
     inner = torch.arange(channels).tensor_split(min(groups, channels))
     return [range(g * channels + int(p[0]), g * channels + int(p[-1]) + 1) for g in range(site.groups) for p in inner]
+
+
+def row_weights(site: WeightSite, diagonals: Tensor) -> Tensor:
+    """Weights of the squared errors, `[N, K]`, from the diagonals `[P, K]` of the Grams of P parts of the rows (see `row_parts`)."""
+    sizes = [len(p) for p in row_parts(site, len(diagonals) // site.groups)]
+    return diagonals.repeat_interleave(torch.tensor(sizes), 0)
 
 
 def guided_positions(program: Program, sites: Sequence[WeightSite], ctx: Context, groups: int = 1) -> Tensors:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -21,3 +22,9 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def over_slices(work: Callable[[slice], None], count: int, step: int, threads: int) -> None:
+    """`work` on `0` to `count` in slices of `step`, on so many threads; for work that gives up the interpreter's lock."""
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, (slice(i, min(i + step, count)) for i in range(0, count, step))))

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...ir.formats.affine import Affine
-from ...ir.sites import SiteKind, WeightSite
+from ...ir.sites import CONVOLUTIONS, SiteKind, WeightSite
 from ..target import No, Support, Yes
 from .blocks import TWO_BIT_OPSET, block_weight, fused_blocks, why_not_fused
-from .layers import CONVOLUTIONS, convolution, linear, why_shared
+from .layers import convolution, linear, why_shared
 from .path import LOWEST_OPSET, Form, OnnxPath, Slot
 from .rows import row_container, row_weight
 

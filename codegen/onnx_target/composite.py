@@ -15,9 +15,9 @@ import torch
 from ...ir.formats.base import WeightFormat
 from ...ir.formats.composite import Composite
 from ...ir.formats.sparse_outliers import SparseOutliers
-from ...ir.sites import SiteKind, WeightSite
+from ...ir.sites import CONVOLUTIONS, SiteKind, WeightSite
 from ..target import No, Support, Yes, fast_path
-from .layers import CONVOLUTIONS, add_bias, cast, convolution
+from .layers import add_bias, cast, convolution
 from .path import LOWEST_OPSET, Form, OnnxPath, Slot
 from .sparse_outliers import TEXT, add_products
 

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 # ONNX Runtime 1.32 leaves a MatMul before these alone, or makes it a FusedGemm (measured); a Squeeze in between lets it become MatMulNBits.
 TAKES_LINEAR = frozenset({"Relu", "Clip"})
-CONVOLUTIONS = (SiteKind.CONV1D, SiteKind.CONV2D)
 
 
 def linear(slot: Slot, weight: onnx_ir.Value, *, fused: bool = False, padded: bool = False) -> onnx_ir.Value:

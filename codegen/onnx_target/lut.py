@@ -16,11 +16,11 @@ import torch
 
 from ...ir.formats.affine import ScaleType
 from ...ir.formats.lut import Lut, TableType
-from ...ir.sites import SiteKind, WeightSite
+from ...ir.sites import CONVOLUTIONS, SiteKind, WeightSite
 from ...ir.weights import storage_key
 from ..target import No, Support, Yes
 from .codes import StoredCodes, bit_fields, read_codes, store_codes
-from .layers import CONVOLUTIONS, cast, convolution, linear, why_shared
+from .layers import cast, convolution, linear, why_shared
 from .path import Form, OnnxPath, Slot
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ...ir.formats.sparse_outliers import SparseOutliers
-from ...ir.sites import SiteKind, WeightSite
+from ...ir.sites import CONVOLUTIONS, SiteKind, WeightSite
 from ...ir.weights import storage_key
 from ..target import No, Support, Yes
-from .layers import CONVOLUTIONS, add_bias, cast, convolution
+from .layers import add_bias, cast, convolution
 from .path import Form, OnnxPath, Slot
 
 if TYPE_CHECKING:

@@ -12,10 +12,9 @@ from torch import Tensor, fx
 from ..atoms import Atom, Axis, leaves
 from ..axes import AxisAnalysis, AxisClass
 from ..nodes import op_name
-from ..sites import SiteKind, WeightSite
+from ..sites import CONVOLUTIONS, SiteKind, WeightSite
 
 LINEAR = (SiteKind.LINEAR, SiteKind.ADDMM, SiteKind.MM)
-CONV = (SiteKind.CONV1D, SiteKind.CONV2D)
 ATTENTION = ("aten.scaled_dot_product_attention", "aten._scaled_dot_product_flash_attention_for_cpu")
 SAME = frozenset(
     f"aten.{name}" for name in (
@@ -176,7 +175,7 @@ def _is_float_input(node: fx.Node) -> bool:
 
 
 def _channel(site: WeightSite) -> int:
-    return 1 - len(site.shape) if site.kind in CONV else -1
+    return 1 - len(site.shape) if site.kind in CONVOLUTIONS else -1
 
 
 def is_add(node: fx.Node) -> bool:

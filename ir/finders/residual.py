@@ -15,10 +15,10 @@ from torch import Tensor, fx
 from ..atoms import Atom, leaves
 from ..axes import AxisClass
 from ..nodes import argument
-from ..sites import WeightSite
+from ..sites import CONVOLUTIONS, WeightSite
 from .attention import Attention
 from .feed_forward import FeedForward
-from .flow import CONV, LINEAR, Flow, is_add
+from .flow import LINEAR, Flow, is_add
 
 
 class BlockKind(Enum):
@@ -225,7 +225,7 @@ def _parts(flow: Flow, one: Sum, attentions: tuple[Attention, ...], feed_forward
 def _kind(sites: tuple[WeightSite, ...], attentions: tuple[Attention, ...]) -> BlockKind:
     if attentions:
         return BlockKind.ATTENTION
-    if any(s.kind in CONV for s in sites):
+    if any(s.kind in CONVOLUTIONS for s in sites):
         return BlockKind.CONVOLUTION
     return BlockKind.FEED_FORWARD if len(sites) > 1 else BlockKind.OTHER
 

@@ -19,10 +19,10 @@ from torch import Tensor, fx
 from ..atoms import Atom, Axis, leaves
 from ..axes import AxisClass, labels
 from ..nodes import argument
-from ..sites import SiteKind, WeightSite
+from ..sites import CONVOLUTIONS, SiteKind, WeightSite
 from ..weights import alias_classes
 from .attention import Attention
-from .flow import ATTENTION, CONV, SAME, Flow, short_name, stored_name
+from .flow import ATTENTION, SAME, Flow, short_name, stored_name
 from .norms import ConvNorm, NormLinear
 
 _PASS = SAME | {
@@ -114,7 +114,7 @@ def _origins(flow: Flow, attentions: tuple[Attention, ...], norms: tuple[NormLin
             behind = normed[site.node]
             yield _Origin(ScaleKind.CONV, behind.result, tuple((t, 0) for t in (behind.weight, behind.bias) if t is not None), frozenset(wanted))
         else:
-            yield _Origin(ScaleKind.CONV if site.kind in CONV else ScaleKind.LINEAR, site.node, _made_by(site), frozenset(wanted))
+            yield _Origin(ScaleKind.CONV if site.kind in CONVOLUTIONS else ScaleKind.LINEAR, site.node, _made_by(site), frozenset(wanted))
 
 
 def _value_leaves(one: Attention) -> set[Atom]:

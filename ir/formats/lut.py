@@ -90,6 +90,11 @@ class Lut(WeightFormat):
         stored = torch.where(scales > 0, fit(scales, self._scale_dtype), 0.0)
         return self._cast(tables), stored.to(self._scale_dtype)
 
+    def stored_values(self, tables: Tensor, scale: Tensor | None, rows: int, columns: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The table and scales of `store`, and the `values: [N, E] f32` that they stand for."""
+        table, stored = self.store(tables, scale)
+        return table, stored, self.values({"table": table} | ({} if stored is None else {"scale": stored}), rows, columns)
+
     def _store_rows(self, tables: Tensor) -> tuple[Tensor, Tensor | None]:
         """One table a row: integers with a scale that spans them, or floats without one."""
         if self.table is not TableType.INT8:
@@ -142,9 +147,7 @@ class Lut(WeightFormat):
         matrix = matrix.float()
         scale = None if self.rows_per_table == 1 else matrix.abs().amax(1)
         normal = matrix if scale is None else matrix / torch.where(scale > 0, scale, 1.0).unsqueeze(1)
-        table, stored = self.store(self._fit(normal), scale)
-        rows, columns = matrix.shape
-        values = self.values({"table": table} | ({} if stored is None else {"scale": stored}), rows, columns)
+        table, stored, values = self.stored_values(self._fit(normal), scale, *matrix.shape)
         return self.pack(self.nearest(matrix, values), table, stored)
 
     def _fit(self, matrix: Tensor) -> Tensor:

@@ -84,10 +84,8 @@ def _by_table(fmt: Lut, matrix: Tensor, weights: Tensor) -> list[tuple[Tensor, T
 
 def _stored(problem: Problem, tables: Tensor, scale: Tensor | None) -> Fit:
     """Round ascending tables to what is stored, and take the nearest codes; pruned weights take the entry at zero."""
-    fmt, (rows, columns) = problem.fmt, problem.matrix.shape
-    table, stored = fmt.store(tables, scale)
-    values = fmt.values({"table": table} | ({} if stored is None else {"scale": stored}), rows, columns)
-    codes = fmt.nearest(problem.matrix, values)
+    table, stored, values = problem.fmt.stored_values(tables, scale, *problem.matrix.shape)
+    codes = problem.fmt.nearest(problem.matrix, values)
     if problem.pinned:
         codes = torch.where(problem.pruned, (values == 0).float().argmax(1, keepdim=True).to(torch.uint8), codes)
     return Fit(codes=codes, table=table, scale=stored, values=values)
@@ -112,15 +110,12 @@ def _rounded(problem: Problem, fit: Fit, grams: Sequence[Tensor]) -> Fit:
     parts = [rows.normal_equations(c, problem.fmt.entries) for rows, c, _ in _by_gram(problem, grams, fit.codes, fit.values)]
     left, right = (torch.cat(p) for p in zip(*parts, strict=True))
     left, right = _shared(problem.fmt, left * factor.double()[:, None, None].square()), _shared(problem.fmt, right * factor.double()[:, None])
-    first = problem.fmt.spread(torch.arange(problem.fmt.tables(len(factor))).unsqueeze(1), len(factor)).flatten() if scale is not None else None
-    present = fit.values / factor.unsqueeze(1)
-    tables = present if first is None else torch.stack([present[first == t][0] for t in range(int(first.max()) + 1)])
+    tables = (fit.values / factor.unsqueeze(1))[:: problem.fmt.rows_per_table or len(factor)]  # of the first row that shares each
     pinned = (tables == 0) if problem.pinned else torch.zeros_like(tables, dtype=torch.bool)
     tables, order = solve_tables(left, right, tables, pinned).sort(1)
     places = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
     codes = problem.fmt.spread(places, len(factor)).gather(1, fit.codes.long()).to(torch.uint8)
-    table, stored = problem.fmt.store(tables, scale)
-    values = problem.fmt.values({"table": table} | ({} if stored is None else {"scale": stored}), *problem.matrix.shape)
+    table, stored, values = problem.fmt.stored_values(tables, scale, *problem.matrix.shape)
     return Fit(codes=codes, table=table, scale=stored, values=values)
 
 
@@ -128,8 +123,7 @@ def _shared(fmt: Lut, rows: Tensor) -> Tensor:
     """Sums over the rows of every table: `[N, ...] -> [T, ...]`."""
     if fmt.rows_per_table == 1:
         return rows
-    owner = fmt.spread(torch.arange(fmt.tables(len(rows))).unsqueeze(1), len(rows)).flatten()
-    return torch.zeros(fmt.tables(len(rows)), *rows.shape[1:], dtype=rows.dtype).index_add_(0, owner, rows)
+    return torch.stack([part.sum(0) for part in rows.split(fmt.rows_per_table or len(rows))])
 
 
 def _descended(problem: Problem, fit: Fit, grams: Sequence[Tensor], cycles: int) -> Fit:

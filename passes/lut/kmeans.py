@@ -6,13 +6,13 @@ to `EXACT` points are solved exactly (see `segments`); longer ones exactly on a 
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..threads import over_slices
 from .segments import Array, best_runs, compiled, sweep
 
 EXACT = 8192  # longer rows are solved on a grid of so many edges first
@@ -27,15 +27,12 @@ def cluster_rows(matrix: Tensor, weights: Tensor | None, entries: int, *, thread
     Points of weight 0 do not count (a row without any weight counts all equally). Rows with fewer distinct values than entries repeat their last one.
     """
     tables = torch.empty(matrix.shape[0], entries)
-    step = max(1, CHUNK_ELEMENTS // matrix.shape[1])
 
-    def run(start: int) -> None:
-        part = matrix[start : start + step].detach().float().numpy()
-        given = None if weights is None else weights[start : start + step].detach().float().numpy()
-        tables[start : start + step] = torch.from_numpy(_cluster(part, given, entries))
+    def run(part: slice) -> None:
+        given = None if weights is None else weights[part].detach().float().numpy()
+        tables[part] = torch.from_numpy(_cluster(matrix[part].detach().float().numpy(), given, entries))
 
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, range(0, matrix.shape[0], step)))
+    over_slices(run, len(matrix), max(1, CHUNK_ELEMENTS // matrix.shape[1]), threads)
     return tables
 
 

@@ -8,13 +8,13 @@ share a table, positions may be kept apart, an entry may be pinned at zero, and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..threads import over_slices
 from .segments import Array, compiled
 
 RIDGE = 1e-7  # of the mean diagonal, added to the normal equations (as published)
@@ -54,9 +54,7 @@ class Rows:
         return left, right
 
     def _each(self, work: Callable[[slice], None]) -> None:
-        step = max(1, -(-len(self.matrix) // (4 * self.threads)))
-        with ThreadPoolExecutor(self.threads) as pool:
-            list(pool.map(work, (slice(i, i + step) for i in range(0, len(self.matrix), step))))
+        over_slices(work, len(self.matrix), max(1, -(-len(self.matrix) // (4 * self.threads))), self.threads)
 
 
 def solve_tables(left: Tensor, right: Tensor, tables: Tensor, pinned: Tensor) -> Tensor:

@@ -21,6 +21,11 @@ def gradient_examples(ctx: Context) -> tuple[Example, ...]:
     return tuple(labelled[: max(8, len(ctx.calibration))]) or tuple(Example(c) for c in ctx.calibration) or training_data(ctx)
 
 
+def task_criterion(program: Program, ctx: Context) -> Criterion:
+    """The task's loss: the user's, or next tokens of a language model."""
+    return Criterion(objective=Objective.TASK, loss=ctx.loss, language=find_language(program))
+
+
 def example_loss(criterion: Criterion, program: Program, example: Example, reply: Reply, generator: torch.Generator) -> Tensor:
     """The task's loss where the example has one (a label, a user's loss, next tokens), else a random projection of the outputs.
 
@@ -36,7 +41,7 @@ def differentiable_losses(
     program: Program, tensors: Iterable[str], taps: Sequence[str], ctx: Context, label: str
 ) -> Iterator[tuple[Tensor, dict[str, Tensor], Sequence[Tensor]]]:
     """Per batch the loss, and what to differentiate it by: copies of the named tensors, and the values of the nodes named in `taps`."""
-    criterion = Criterion(objective=Objective.TASK, loss=ctx.loss, language=find_language(program))
+    criterion = task_criterion(program, ctx)
     runner, generator, names = Tapped(program, taps), ctx.generator(), list(dict.fromkeys(tensors))
     for example in ctx.track(gradient_examples(ctx), label):
         weights = {n: get_tensor(program.graph_module, n).detach().clone().requires_grad_() for n in names}

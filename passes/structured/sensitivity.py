@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ...ir.program import Program
-from ...ir.sites import SiteKind, WeightSite
+from ...ir.sites import WeightSite
 from ..context import Context
+from ..sensitivities import slope_rows
 from .loss import differentiable_losses
 
 
@@ -26,13 +27,7 @@ def output_sensitivity(program: Program, sites: Sequence[WeightSite], ctx: Conte
         slopes = torch.autograd.grad(loss, list(outputs), allow_unused=True)
         for site, slope in zip(sites, slopes, strict=True):
             if slope is not None:
-                rows = _rows(site, slope).float()
+                rows = slope_rows(site, slope).flatten(0, 1).float()
                 total[site.name] += rows.square().sum(0)
                 count[site.name] += len(rows)
     return {name: total[name] / max(1, count[name]) for name in total}
-
-
-def _rows(site: WeightSite, value: Tensor) -> Tensor:
-    """`[positions, N]`."""
-    convolution = site.kind in (SiteKind.CONV1D, SiteKind.CONV2D)
-    return (value.movedim(1, -1) if convolution else value).flatten(0, -2)

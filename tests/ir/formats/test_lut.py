@@ -96,8 +96,7 @@ def test_stored_tables_are_within_half_a_step(case: tuple[Tensor, Lut]) -> None:
     count = fmt.tables(len(matrix))
     tables, scale = matrix[:1].repeat(count, fmt.entries)[:, : fmt.entries] / (matrix[:1].abs().max() + 1e-3), matrix.abs().amax(1) + 1e-3
     tables[:, 0] = 0
-    table, stored = fmt.store(tables, scale)
-    values = fmt.values({"table": table} | ({} if stored is None else {"scale": stored}), *matrix.shape)
+    _, _, values = fmt.stored_values(tables, scale, *matrix.shape)
     wanted = fmt.spread(tables, len(matrix)) * scale[:, None]
     limit = {TableType.INT8: 0.0045, TableType.FLOAT16: 0.002, TableType.FLOAT32: 0.001}[fmt.table] * wanted.abs().amax(1, keepdim=True)
     small = 127 * 2.0**-24 * (wanted.abs().amax(1, keepdim=True) < 0.01)  # scales that are subnormal halves have few digits
