@@ -243,6 +243,9 @@ class _Input:
             whole = part.float()
             for i, factor in enumerate(factors):
                 scaled = (whole * factor).to(self.site.dtype).float()
+                if not bool(torch.isfinite(scaled).all()):  # these scales leave the dtype's range
+                    total[i] = torch.inf
+                    continue
                 scale, zero = find_range(fmt, scaled, search, diagonal / factor.square())
                 rounded = fmt.dequantize(fmt.quantize(scaled, scale, zero), scale, zero) / factor
                 total[i] += _quadratic(rounded - whole, self.gram)
