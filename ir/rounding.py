@@ -10,19 +10,23 @@ from .errors import FormatError
 SMALLEST_HALF = 2.0**-24  # subnormal halves too: the 8-bit steps of weights near 1e-3 are such
 
 
-def narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """`values` (any shape, finite) in `dtype`; FormatError when one is larger than it can hold."""
-    stored = values.to(dtype)
-    if not bool(stored.isfinite().all()):
-        limit = torch.finfo(dtype).max
+def check_range(values: Tensor, dtype: torch.dtype) -> None:
+    """FormatError when a magnitude is larger than `dtype` can hold."""
+    limit = torch.finfo(dtype).max
+    if bool((values.abs() > limit).any()):
         raise FormatError(f"{str(dtype).removeprefix('torch.')} holds magnitudes up to {limit:g}, got {float(values.abs().max()):g}; store it as float32")
-    return stored
+
+
+def narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` (any shape) in `dtype`; FormatError beyond its range."""
+    check_range(values, dtype)
+    return values.to(dtype)
 
 
 def fit(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`scale` (any shape, not negative) as large as `dtype` needs; 0, which belongs to weights that are all 0, becomes 1. FormatError beyond its range."""
     smallest = SMALLEST_HALF if dtype is torch.float16 else torch.finfo(dtype).smallest_normal
-    narrow(scale, dtype)
+    check_range(scale, dtype)
     return torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(min=smallest)
 
 

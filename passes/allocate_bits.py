@@ -23,6 +23,7 @@ from .bit_curves import bit_curves, rounded
 from .context import Context
 from .examples import Example
 from .knapsack import choose
+from .losses import Criterion
 from .quantizing import PLANNED_BITS, Quantization
 from .sensitivities import row_weights
 from .structured.loss import example_loss, task_criterion
@@ -72,7 +73,19 @@ class AllocateBits(Pass):
         budget = _budget_bytes(self.budget, sum(s.parameters for s in sites))
         picked = choose([curves[s.name].tolist() for s in sites], sizes, budget)
         if self.swaps:
-            picked = _Swaps(program=program, sites=sites, curves=curves, diagonals=diagonals, sizes=sizes, budget=budget, one=self, ctx=ctx).improve(picked)
+            swaps = _Swaps(
+                program=program,
+                runner=Tapped(program),
+                criterion=task_criterion(program, ctx),
+                sites=sites,
+                curves=curves,
+                diagonals=diagonals,
+                sizes=sizes,
+                budget=budget,
+                one=self,
+                ctx=ctx,
+            )
+            picked = swaps.improve(picked)
         decisions = [self._decision(s, p, curves[s.name], z) for s, p, z in zip(sites, picked, sizes, strict=True)]
         return Plan(pass_spec=self.to_spec(), decisions=tuple(decisions), skips=skips)
 
@@ -125,6 +138,8 @@ class _Swaps:
     """Tries exchanges of width between two sites by the loss of the whole program with rounded weights."""
 
     program: Program
+    runner: Tapped
+    criterion: Criterion
     sites: Sequence[WeightSite]
     curves: Mapping[str, Tensor]
     diagonals: Mapping[str, Tensor]
@@ -175,11 +190,10 @@ class _Swaps:
 
     def _loss(self, weights: Mapping[str, Tensor]) -> float:
         generator, total = self.ctx.generator(), 0.0
-        criterion, runner = task_criterion(self.program, self.ctx), Tapped(self.program)
         with torch.no_grad():
             for call in self.ctx.calibration:
                 example = Example(call)
-                total += float(example_loss(criterion, self.program, example, runner(call, weights), generator))
+                total += float(example_loss(self.criterion, self.program, example, self.runner(call, weights), generator))
         if not total < float("inf"):
             raise PassError("allocate_bits: the loss on the calibration data is not finite; use more widths or fewer swaps")
         return total

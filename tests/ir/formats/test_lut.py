@@ -112,6 +112,11 @@ def test_weights_beyond_half_precision_are_refused(spec: str) -> None:
     assert_same(wide.decode(wide.encode(torch.tensor([[1e8, 0.0, -1e8]])), 1, 3, torch.float32).sign(), torch.tensor([[1.0, 0.0, -1.0]]))
 
 
+def test_a_scale_just_beyond_half_precision_is_refused_not_rounded_to_infinity() -> None:
+    with pytest.raises(FormatError, match="float16 holds magnitudes up to 65504"):
+        parse_format("lut{entries=4}").encode(torch.tensor([[65510.0 * 127, 0.0]]))
+
+
 @pytest.mark.parametrize(("entries", "limit"), [(2, 0.65), (4, 0.37), (7, 0.23), (8, 0.20), (16, 0.11), (64, 0.035)])
 @pytest.mark.parametrize("options", [{}, {"table": "float16"}, {"rows_per_table": None}, {"rows_per_table": 8, "table": "float32"}])
 def test_error_of_normal_weights(entries: int, limit: float, options: dict[str, Any]) -> None:
