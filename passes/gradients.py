@@ -52,8 +52,9 @@ class Gradients:
     def _one(self, example: Example, visit: Visit, generator: torch.Generator) -> None:
         values, crossing = self._forward(example)
         slopes = self._loss_slopes(example, values, generator)
-        for stretch, entering in zip(reversed(self._stretches), reversed(crossing), strict=True):
-            self._back(stretch, entering, slopes, visit)
+        values.clear()  # the logits, which the last stretch makes again
+        for stretch in reversed(self._stretches):
+            self._back(stretch, crossing.pop(), slopes, visit)
 
     def _forward(self, example: Example) -> tuple[Values, list[Values]]:
         """Values that the output reads, and for every stretch those that enter it."""

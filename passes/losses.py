@@ -15,11 +15,11 @@ from ..ir.errors import TrainingError
 from ..ir.nodes import op_name
 from ..ir.program import Program
 from ..ir.sites import SiteKind
+from .cross_entropy import cross_entropy, next_token
 from .examples import Example
 from .tapped import Reply
 
 Loss = Callable[[Any, Any], Tensor]
-IGNORED = -100  # a class index that cross entropy leaves out
 _THROUGH = {"view", "_unsafe_view", "reshape", "_to_copy", "to", "clone", "contiguous", "alias", "slice", "unsqueeze", "squeeze"}
 
 
@@ -192,21 +192,3 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     one, other = student.float(), teacher.float()
     scale = torch.maximum(other.var(unbiased=False), 1e-6 * other.square().mean()).clamp_min(1e-12)
     return (one - other).square().mean() / scale
-
-
-def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean cross entropy of logits `[..., C]` and class indices `[...] int64`; -100 is left out."""
-    if target.shape != logits.shape[:-1]:
-        raise TrainingError(f"target: expected class indices {list(logits.shape[:-1])} for logits {list(logits.shape)}, got {list(target.shape)}")
-    wrong = (target != IGNORED) & ((target < 0) | (target >= logits.shape[-1]))
-    if bool(wrong.any()):
-        raise TrainingError(f"target: class {int(target[wrong][0])} is outside 0 to {logits.shape[-1] - 1} (use {IGNORED} to leave a position out)")
-    return F.cross_entropy(logits.float().reshape(-1, logits.shape[-1]), target.flatten(), ignore_index=IGNORED)
-
-
-def next_token(logits: Tensor, ids: Tensor, keep: Tensor | None = None) -> Tensor:
-    """Mean cross entropy of logits `[B, T, V]` at every position with the id that follows it in `ids: [B, T]`."""
-    if ids.shape[1] < 2:
-        raise TrainingError("next-token training needs at least 2 tokens a row")
-    target = ids[:, 1:] if keep is None else ids[:, 1:].masked_fill(~keep[:, 1:], IGNORED)
-    return cross_entropy(logits[:, :-1], target.long())

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from fxpress.ir.errors import TrainingError
 from fxpress.ir.program import Program
+from fxpress.passes.cross_entropy import cross_entropy
 from fxpress.passes.examples import Example
-from fxpress.passes.losses import Criterion, Language, Objective, Outputs, cross_entropy, divergence, find_language, next_token, relative_error, rows
+from fxpress.passes.losses import Criterion, Language, Objective, Outputs, divergence, find_language, relative_error, rows
 from fxpress.passes.tapped import Reply
 
-from ..tiny import randn, tokens
+from ..tiny import randn
 
 
 def reply(*leaves: Tensor, hidden: tuple[Tensor, ...] = ()) -> Reply:
@@ -41,27 +42,6 @@ def test_relative_error_is_over_the_variance() -> None:
     want = (student - teacher).double().square().mean() / teacher.double().var(unbiased=False)
     torch.testing.assert_close(relative_error(student, teacher).double(), want, rtol=1e-5, atol=0)
     assert torch.isfinite(relative_error(student, torch.ones(5, 4)))
-
-
-def test_next_token_shifts_and_leaves_padding_out() -> None:
-    logits, ids = randn(2, 5, 9), tokens(2, 5, 9)
-    keep = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
-    log = logits.double().log_softmax(-1)
-    terms = [-log[b, t, ids[b, t + 1]] for b in range(2) for t in range(4) if keep[b, t + 1]]
-    torch.testing.assert_close(next_token(logits, ids, keep).double(), torch.stack(terms).mean(), rtol=1e-5, atol=0)
-    everywhere = [-log[b, t, ids[b, t + 1]] for b in range(2) for t in range(4)]
-    torch.testing.assert_close(next_token(logits, ids).double(), torch.stack(everywhere).mean(), rtol=1e-5, atol=0)
-    with pytest.raises(TrainingError, match="at least 2 tokens"):
-        next_token(logits[:, :1], ids[:, :1])
-
-
-def test_cross_entropy_refuses_targets_that_do_not_fit() -> None:
-    logits = randn(4, 3)
-    torch.testing.assert_close(cross_entropy(logits, torch.tensor([0, 2, 1, -100])), F.cross_entropy(logits[:3], torch.tensor([0, 2, 1])))
-    with pytest.raises(TrainingError, match=r"expected class indices \[4\]"):
-        cross_entropy(logits, torch.zeros(4, 3, dtype=torch.int64))
-    with pytest.raises(TrainingError, match="class 3 is outside 0 to 2"):
-        cross_entropy(logits, torch.tensor([0, 3, 1, 1]))
 
 
 def test_rows_of_masked_positions_do_not_count() -> None:

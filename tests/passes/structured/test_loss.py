@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fxpress.ir.program import Program
 from fxpress.passes.context import Call
+from fxpress.passes.cross_entropy import cross_entropy, next_token
 from fxpress.passes.examples import Example, Labelled, as_examples
-from fxpress.passes.losses import Criterion, Objective, cross_entropy, find_language, next_token
+from fxpress.passes.losses import Criterion, Objective, find_language
 from fxpress.passes.structured.loss import example_loss, gradient_examples
 from fxpress.passes.tapped import Reply, Tapped
 
