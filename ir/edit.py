@@ -130,6 +130,17 @@ class Editor:
         self._journal(Action.REPLACED, why, before, record(node, _refreshed(node, site, Dense())))
         return node
 
+    def lower(self, site: WeightSite, target: Any, stored: Mapping[str, Tensor], rest: tuple[Any, ...], why: str) -> fx.Node:
+        """Replace a compressed site by a code generator's operator `target(data, [stored tensors], *rest)`; the tensors are named `<site>.<key>`."""
+        before = record(site.node, site)
+        with self.program.graph.inserting_before(site.node):
+            tensors = [self._store(self._name(site, key), tensor) for key, tensor in stored.items()]
+            node = self.program.graph.call_function(target, (site.data, tensors, *rest))
+        node.meta = {k: v for k, v in site.node.meta.items() if k not in ("fxpress_dtype", "fxpress_site")}
+        self.replace(site.node, node)
+        self._journal(Action.REPLACED, why, before, replace(record(node), module=site.name))
+        return node
+
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let every user of `old` use `new`, note the provenance, erase `old`."""
         new.meta["from_node"] = [NodeSource(old, self.pass_spec, [NodeSourceAction.REPLACE, NodeSourceAction.CREATE])]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,11 @@ class Inputs:
     def leaves(self) -> list[Any]:
         """Flattened example values, in placeholder order."""
         return pytree.tree_leaves((self.args, self.kwargs))
+
+    def to(self, device: torch.device | str) -> Inputs:
+        """The same examples on another device."""
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs)
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """Flatten a call's inputs like the examples; a different structure is refused with `ValueError`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch import fx
 
 from .inputs import Inputs
 from .journal import Journal
-from .weights import shallow_tree, unique_bytes, unique_parameters
+from .weights import named_tensors, set_tensor, shallow_tree, unique_bytes, unique_parameters
 
 if TYPE_CHECKING:
     from .sites import WeightSite
@@ -59,6 +59,19 @@ class Program:
         module = fx.GraphModule(shallow_tree(self.graph_module), graph, type(self.graph_module).__name__)
         module.train(False)
         return Program(module, self.inputs, self.stage, self.journal.copy())
+
+    def to(self, device: torch.device | str) -> Program:
+        """An independent program on `device`: weights, example inputs, and what the graph creates by itself."""
+        moved = self.clone()
+        for node in moved.graph.nodes:
+            if "device" in node.kwargs:
+                node.kwargs = dict(node.kwargs) | {"device": torch.device(device)}
+        moved.graph_module.recompile()
+        held = list(named_tensors(moved.graph_module))
+        there = {id(tensor): tensor.detach().to(device) for _, tensor in held}
+        for name, tensor in held:  # `Module.to` would move the tensors that this program shares
+            set_tensor(moved.graph_module, name, there[id(tensor)], parameter=isinstance(tensor, torch.nn.Parameter))
+        return replace(moved, inputs=self.inputs.to(device))
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph eagerly without gradients."""

@@ -1,4 +1,4 @@
-"""The command line: `fxpress demo | optimize | diff | show | passes | doctor`."""
+"""The command line: `fxpress demo | optimize | diff | show | passes | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import typer
 from ..ir.errors import FxpressError, SpecError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Compress PyTorch models by passes over their FX graph.")
+
+bench = typer.Typer(no_args_is_help=True, help="Measure parts of fxpress on this machine.")
+app.add_typer(bench, name="bench")
 
 ModelArgument = Annotated[str, typer.Argument(help="Hugging Face folder, or package.module:factory returning (model, example_inputs)")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="folder to write")]
@@ -104,4 +107,15 @@ def doctor() -> None:
     from .doctor import run_doctor
 
     if not run_doctor():
+        raise typer.Exit(1)
+
+
+@bench.command()
+def kernels(static: Annotated[bool, typer.Option("--static", help="compile ahead of time and count machine instructions; no GPU needed")] = False) -> None:
+    """Costs of the Triton kernels. `--static` is the gate: exit code 1 when a variant breaks its limits."""
+    from .bench import run_static
+
+    if not static:
+        raise SpecError("give --static; timings on a GPU are printed by benchmarks/lscd_gpu.py")
+    if not run_static():
         raise typer.Exit(1)

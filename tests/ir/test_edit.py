@@ -279,3 +279,13 @@ def test_a_payload_in_another_order_is_stored_in_the_formats_order() -> None:
     with Editor(program, "test") as editor:
         editor.compress(site, fmt, dict(reversed(list(payload.items()))), "test")
     assert_same(program.sites()[0].payload(), payload)
+
+
+def test_a_program_moves_and_leaves_its_original_where_it_is(captured: Callable[[str], Program]) -> None:
+    program = captured("embedding")
+    moved = program.to("meta")
+    tensors = dict(named_tensors(moved.graph_module))
+    assert {t.device.type for t in tensors.values()} == {"meta"} and {t.device.type for t in moved.inputs.leaves} == {"meta"}
+    assert all(t.device.type == "cpu" for _, t in named_tensors(program.graph_module))
+    for one, other in (s.tensors + t.tensors for s in program.sites() for t in program.sites() if t.name in s.tied):
+        assert tensors[one] is tensors[other]
