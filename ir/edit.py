@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -23,6 +23,8 @@ from .program import Program, Stage
 from .resize import changed_tensors, checked_choice, readers, resize
 from .sites import CONVOLUTIONS, SiteKind, WeightSite, find_sites
 from .weights import alias_classes, delete_tensor, named_tensors, set_tensor
+
+_Namer = Callable[[WeightSite, str], str]
 
 
 class Editor:
@@ -100,13 +102,28 @@ class Editor:
 
     def compress(self, site: WeightSite, fmt: WeightFormat, payload: Mapping[str, Tensor], why: str, facts: Mapping[str, float] | None = None) -> fx.Node:
         """Replace the site's node by the fxpress operator that holds `payload` in `fmt`."""
-        fmt.check_payload(payload, site.rows, site.columns, site.dtype, site.name)
         if (reason := why_not_compressible(site)) is not None:
             raise EditError(f"{site}: {reason}")
+        return self._hold(site, fmt, payload, self._name, why, facts)
+
+    def recompress(self, site: WeightSite, fmt: WeightFormat, payload: Mapping[str, Tensor], why: str, facts: Mapping[str, float] | None = None) -> fx.Node:
+        """Hold a compressed site's weight in another format; the tensors get names of their own while others read the old ones."""
+        return self._hold(site, fmt, payload, self._own_name, why, facts)
+
+    def _hold(
+        self,
+        site: WeightSite,
+        fmt: WeightFormat,
+        payload: Mapping[str, Tensor],
+        name: Callable[[WeightSite, str], str],
+        why: str,
+        facts: Mapping[str, float] | None,
+    ) -> fx.Node:
+        fmt.check_payload(payload, site.rows, site.columns, site.dtype, site.name)
         before = record(site.node, site)
         with self.program.graph.inserting_before(site.node):
             keys = fmt.payload_spec(site.rows, site.columns, site.dtype)  # a payload read from a file may come in another order
-            stored = [self._store(self._name(site, f"weight_{key}"), payload[key]) for key in keys]
+            stored = [self._store(name(site, f"weight_{key}"), payload[key]) for key in keys]
             target, args = _compressed_call(site, fmt, stored)
             node = self.program.graph.call_function(target, args)
         node.meta = dict(site.node.meta) | {"fxpress_site": site.name, "fxpress_dtype": site.dtype}

@@ -15,7 +15,7 @@ def parse_pattern(pattern: str) -> tuple[int, int]:
     """`"N:M"` (N kept of every M consecutive columns) as two ints."""
     match = re.fullmatch(r"(\d+):(\d+)", pattern)
     if not match or not 0 < int(match[1]) < int(match[2]):
-        raise SpecError(f"pattern {pattern!r}: expected N:M with 0 < N < M, for example 2:4")
+        raise SpecError(f"pattern {pattern!r}: expected N:M with 0 < N < M, for example 2:4, or unstructured")
     return int(match[1]), int(match[2])
 
 

@@ -16,7 +16,7 @@ from .base import Decision, Plan
 from .calibrate import Statistics
 from .context import Context
 from .masks import below, kth_smallest, lowest_of_all, lowest_of_pattern, lowest_per_row, parse_pattern
-from .pruning import Pruning
+from .pruning import MaskPruning
 
 
 class MagnitudeScope(Enum):
@@ -28,7 +28,7 @@ class MagnitudeScope(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneMagnitude(Pruning):
+class PruneMagnitude(MaskPruning):
     """`weight: [N, K]`: remove the lowest |weight|. With `scope=global` one threshold serves all sites the pass takes."""
 
     scope: MagnitudeScope = MagnitudeScope.LAYER

@@ -15,7 +15,7 @@ from ..ir.sites import WeightSite
 from .base import Decision, Need
 from .calibrate import Statistics, why_not_observable
 from .masks import lowest_of_all, lowest_of_pattern, lowest_per_row, parse_pattern
-from .pruning import Pruning
+from .pruning import MaskPruning
 
 
 class WandaScope(Enum):
@@ -26,7 +26,7 @@ class WandaScope(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneWanda(Pruning):
+class PruneWanda(MaskPruning):
     """`weight: [N, K]` with mean square inputs `[G, K]`; unstructured per row or per matrix, or `pattern` N:M. Needs calibration data."""
 
     scope: WandaScope = WandaScope.ROW

@@ -8,7 +8,6 @@ permutation is stored. Weights that are exactly zero on entry stay exactly zero 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,18 +15,18 @@ import torch
 from torch import Tensor
 
 from ..ir.edit import Editor
-from ..ir.errors import PassError
 from ..ir.formats.affine import Affine, Granularity
 from ..ir.sites import WeightSite
 from ..ir.spec import option
 from .base import Decision, Guarantee, Need, SiteResult
 from .calibrate import Statistics, why_not_observable
+from .column_solver import ColumnSolver, row_slices, shared_solver
+from .column_solver import factor as factor
 from .context import Context
 from .quantizing import AffineQuantization
 from .ranges import RangeSearch, find_range
 
 BLOCK = 128
-SLICE_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +66,10 @@ class QuantizeGptq(AffineQuantization):
         scales: list[Tensor] = []
         zeros: list[Tensor] = []
         error = power = 0.0
-        for group, rows in _row_slices(site):
+        for group, rows in row_slices(site):
             gram, part = statistics.gram[group], matrix[rows]
             scale, zero = whole or find_range(fmt, part, self.search, gram.diagonal().unsqueeze(0))
-            q, scale, zero = self._columns(fmt, part, self._solver(statistics, group, gram, site), scale, zero)
+            q, scale, zero = self._columns(fmt, part, self._solver(statistics, group, site), scale, zero)
             delta = fmt.dequantize(q, scale, zero) - part
             error, power = error + float(((delta @ gram) * delta).sum()), power + float(((part @ gram) * part).sum())
             codes, scales, zeros = [*codes, q], [*scales, scale], [*zeros, zero]
@@ -78,15 +77,10 @@ class QuantizeGptq(AffineQuantization):
         facts = {"output_error": (error / max(power, 1e-30)) ** 0.5, "tokens": float(statistics.tokens)}
         return self.write(editor, site, matrix, fmt, fmt.pack(torch.cat(codes), scale, zero), facts, f"GPTQ under {statistics.tokens:,} calibration rows")
 
-    def _solver(self, statistics: Statistics, group: int, gram: Tensor, site: WeightSite) -> _Solver:
-        """Factor the Gram once for all sites that share it."""
-        key = f"gptq {self.damping} {self.act_order} {group}"
-        if key not in statistics.shared:
-            statistics.shared[key] = factor(gram, damping=self.damping, act_order=self.act_order, where=str(site))
-        solver: _Solver = statistics.shared[key]
-        return solver
+    def _solver(self, statistics: Statistics, group: int, site: WeightSite) -> ColumnSolver:
+        return shared_solver(statistics, group, damping=self.damping, act_order=self.act_order, where=f"{self.name} at {site}")
 
-    def _columns(self, fmt: Affine, matrix: Tensor, solver: _Solver, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _columns(self, fmt: Affine, matrix: Tensor, solver: ColumnSolver, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes `[N, K]` with the scales and zero points finally used (refreshed per group when columns go in storage order)."""
         order, upper = solver.order, solver.upper
         static = self.act_order or fmt.sharing is not Granularity.GROUP
@@ -110,41 +104,6 @@ class QuantizeGptq(AffineQuantization):
         out = torch.empty_like(codes)
         out[order] = codes
         return out.t().contiguous(), scale, zero
-
-
-def _row_slices(site: WeightSite) -> Iterator[tuple[int, slice]]:
-    """Conv group and rows of each slice; rows do not depend on each other, so a wide head is done in slices of bounded memory."""
-    rows, step = site.rows // site.groups, max(1, SLICE_ELEMENTS // site.columns)
-    for group in range(site.groups):
-        for start in range(group * rows, (group + 1) * rows, step):
-            yield group, slice(start, min(start + step, (group + 1) * rows))
-
-
-@dataclass(frozen=True)
-class _Solver:
-    """`order: [K]` visits columns; `upper: [K, K] f32` is the upper Cholesky factor of the inverse damped Gram in that order."""
-
-    order: Tensor
-    upper: Tensor
-
-
-def factor(gram: Tensor, *, damping: float, act_order: bool, where: str) -> _Solver:
-    """Factor `gram: [K, K]` in float64; columns no data ever reached get unit curvature, so they are simply rounded."""
-    h = gram.double()
-    diagonal = h.diagonal()
-    dead = diagonal == 0
-    diagonal[dead] = float(diagonal.mean()) or 1.0
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(h))
-    h = h[order][:, order]
-    jitter = damping * float(diagonal.mean())
-    for _ in range(6):
-        identity = torch.eye(len(h), dtype=h.dtype)
-        # Factored from the last column backwards, H = R R^T with R upper triangular, so R^-1 is the upper factor of H^-1: no inverse of H is formed.
-        backwards, failed = torch.linalg.cholesky_ex((h + jitter * identity).flip(0, 1))
-        if not int(failed):
-            return _Solver(order, torch.linalg.solve_triangular(backwards.flip(0, 1), identity, upper=True).float())
-        jitter *= 10
-    raise PassError(f"quantize_gptq at {where}: the input Gram cannot be factored even with damping {jitter:g}; use more or cleaner calibration data")
 
 
 def _quantize_column(fmt: Affine, column: Tensor, removed: Tensor, scale: Tensor, zero: Tensor, pivot: float) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from ..reference import decode_sites
 from ..target import Lowered, LoweringReport, No, SiteLowering, Support, Target, fast_path
 from .cleanup import clean_up, initializer_bytes
 from .extras import require
+from .masks import mask_notes, without_masks
 from .path import LOWEST_OPSET, OnnxPath, Slot
 from .signature import apply_signature
 from .skeleton import DOMAIN, WHY, export_skeleton
@@ -41,8 +43,9 @@ class Onnx(Target["onnx_ir.Model"]):
         """An `onnx_ir.Model` whose initializers are the stored low-bit tensors; nothing is written to disk."""
         helper = require("onnx", WHY).helper
         _refuse_bfloat16(program)
-        refused = {s.name: r.reason for s in program.sites() if s.compressed and isinstance(r := self.supports(s), No)}
         formats = {s.name: s.format.to_spec() for s in program.sites()}
+        program = without_masks(program)
+        refused = {s.name: r.reason for s in program.sites() if s.compressed and isinstance(r := self.supports(s), No)}
         decoded = _decoded(program, set(refused)) if refused else program
         opset = self._opset(decoded)
         model = export_skeleton(decoded, opset)
@@ -50,7 +53,8 @@ class Onnx(Target["onnx_ir.Model"]):
         clean_up(model)
         apply_signature(decoded, model)
         model.ir_version = helper.find_min_ir_version_for([helper.make_opsetid("", opset)])
-        return Lowered(model, LoweringReport(target=self.name, sites=tuple(rows[n] for n in formats), nbytes=initializer_bytes(model)))
+        sites = tuple(replace(rows[n], format=formats[n]) for n in formats)
+        return Lowered(model, LoweringReport(target=self.name, sites=sites, nbytes=initializer_bytes(model), notes=mask_notes(formats.values())))
 
     def _opset(self, program: Program) -> int:
         if self.opset is not None and self.opset < LOWEST_OPSET:

@@ -78,7 +78,7 @@ def format_names() -> tuple[str, ...]:
     """Names of the formats: the modules of this package that define one."""
     package = importlib.import_module(__package__)
     names = (m.name for m in pkgutil.iter_modules(package.__path__))
-    return tuple(sorted(n for n in names if n not in ("base", "bitpack")))
+    return tuple(sorted(n for n in names if n not in ("base", "bitpack", "sparse")))
 
 
 @cache

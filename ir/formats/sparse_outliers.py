@@ -16,6 +16,7 @@ from ..errors import FormatError
 from ..rounding import narrow
 from ..spec import option
 from .base import Payload, TensorSpec, WeightFormat
+from .sparse import largest
 
 MOST_PLACES = 2**16  # that 16 bits tell apart
 
@@ -96,16 +97,7 @@ class SparseOutliers(WeightFormat):
 
     def encode(self, matrix: Tensor) -> dict[str, Tensor]:
         """Keep the `count` largest magnitudes (equal ones: the first in row-major order)."""
-        return self.pack(self._largest(matrix.abs()), matrix)
-
-    def _largest(self, magnitude: Tensor) -> Tensor:
-        """`[N, K] bool`, true for `count` weights."""
-        if self.count == 0:
-            return torch.zeros_like(magnitude, dtype=torch.bool)
-        threshold = magnitude.flatten().topk(self.count, sorted=False).values.amin()
-        above, equal = magnitude > threshold, magnitude == threshold
-        missing = self.count - above.sum()
-        return above | (equal & (equal.flatten().cumsum(0, dtype=torch.int32).reshape(equal.shape) <= missing))
+        return self.pack(largest(matrix.abs(), self.count), matrix)
 
     def decode(self, payload: Payload, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """The values at their places, 0 elsewhere."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxpress.ir.errors import PassError, SpecError
+from fxpress.ir.errors import PassError
 from fxpress.passes.pipeline import run_pipeline
 from fxpress.passes.prune_magnitude import MagnitudeScope, PruneMagnitude
 
@@ -68,9 +68,3 @@ def test_touching_nothing_is_an_error_that_lists_reasons_unless_allowed() -> Non
         run_pipeline(program, [PruneMagnitude(sparsity=0.5, only=("nothing.*",))], ctx)
     outcome = run_pipeline(program, [PruneMagnitude(sparsity=0.5, only=("nothing.*",), allow_empty=True)], ctx)
     assert outcome.reports[0].taken == ()
-
-
-@pytest.mark.parametrize("options", [{}, {"sparsity": 0.5, "pattern": "2:4"}])
-def test_exactly_one_of_sparsity_and_pattern(options: dict[str, object]) -> None:
-    with pytest.raises(SpecError, match="exactly one"):
-        PruneMagnitude.from_dict(options)
