@@ -10,6 +10,8 @@ import importlib
 import importlib.util
 import pkgutil
 from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from types import ModuleType
@@ -63,6 +65,21 @@ class LoweringReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)
+
+    def __str__(self) -> str:
+        """One line per form with its sites, bytes and reason; notes last."""
+        groups: dict[tuple[str, str, str], list[SiteLowering]] = defaultdict(list)
+        for site in self.sites:
+            groups[site.format, site.form, site.why].append(site)
+        forms = (
+            f"{len(members)} x {fmt} -> {form}, {sum(m.nbytes for m in members) / 1e6:.2f} MB ({why}): {_names(members)}"
+            for (fmt, form, why), members in groups.items()
+        )
+        return "\n".join((*forms, *(f"note: {note}" for note in self.notes)))
+
+
+def _names(members: Sequence[SiteLowering]) -> str:
+    return ", ".join(m.site for m in members[:2]) + (", ..." if len(members) > 2 else "")
 
 
 @dataclass(frozen=True)
@@ -121,8 +138,11 @@ def _classes() -> dict[str, type[Target[Any]]]:
     return {c.name: c for c in found}
 
 
-def target_named(name: str) -> Target[Any]:
-    """The target called `name`, with its default options."""
+def target_named(name: str, **options: Any) -> Target[Any]:
+    """The target called `name`, with the `options` that its class takes (`Triton`: `device`)."""
     if name not in _classes():
         raise LowerError(f"unknown target {name!r}{suggest(name, target_names())}; this fxpress has the targets {', '.join(target_names())}")
-    return _classes()[name]()
+    try:
+        return _classes()[name](**options)
+    except TypeError as error:
+        raise LowerError(f"target {name}: {error}") from error

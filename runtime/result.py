@@ -16,6 +16,7 @@ from ..passes.recipe import Recipe
 
 if TYPE_CHECKING:
     from ..codegen.onnx_target import OnnxReport
+    from ..codegen.target import Lowered
     from ..ir.diff import GraphDiff
 
 
@@ -74,11 +75,18 @@ class Result:
 
         return export_onnx(self.program, path, opset=opset, external_data=external_data, progress=progress)
 
-    def lower(self, target: str) -> Any:
-        """What a target makes of the program: `reference` gives a callable `Program` of plain operators, `onnx` an ONNX model in memory."""
+    def lower(self, target: str, *, device: str | None = None) -> Any:
+        """What a target makes of the program: `reference` a `Program` of plain operators, `onnx` an ONNX model in memory, `triton` a `Program` of kernels.
+
+        `device` (Triton only, such as `h100`) chooses each weight's form by the cost model. `lower_with_report` says what became of every site.
+        """
+        return self.lower_with_report(target, device=device).artifact
+
+    def lower_with_report(self, target: str, *, device: str | None = None) -> Lowered[Any]:
+        """As `lower`, with the report: what every weight site became, why, and its bytes."""
         from ..codegen import target_named
 
-        return target_named(target).lower(self.program).artifact
+        return target_named(target, **({} if device is None else {"device": device})).lower(self.program)
 
     def diff(self) -> GraphDiff:
         """What changed in the graph, by which pass, and why."""

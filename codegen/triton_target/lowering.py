@@ -13,6 +13,7 @@ from ...ir.program import Program, Stage
 from ...ir.sites import SiteKind, WeightSite
 from ..reference import decode_sites
 from ..target import Lowered, LoweringReport, No, SiteLowering, Support, Target, fast_path
+from .cost import device_named, estimates
 from .layout import TENSORS, Packed, Tile
 from .operators import describe, linear
 from .pack import pack
@@ -22,10 +23,14 @@ COMPUTED = (torch.float16, torch.bfloat16)
 
 
 class Triton(Target[Program]):
-    """Load as Sparse, Compute as Dense on CUDA GPUs from compute capability 8.0; float16 and bfloat16 linears."""
+    """Load as Sparse, Compute as Dense on CUDA GPUs from compute capability 8.0; float16 and bfloat16 linears.
 
-    def __init__(self, *, tile: Tile | None = None) -> None:
-        self.tile = tile or Tile()
+    With `device` (such as `h100`) each weight takes the form that the cost model finds fastest there, or stays dense where none is faster; without, the
+    form in which it is stored.
+    """
+
+    def __init__(self, *, device: str | None = None, tile: Tile | None = None) -> None:
+        self.device, self.tile = None if device is None else device_named(device), tile or Tile()
 
     def supports(self, site: WeightSite) -> Support:
         """What the format's fast path says; only linears, and only in 16-bit floats."""
@@ -66,8 +71,14 @@ class Triton(Target[Program]):
             return answer
         path = fast_path(__package__, site.format.name, TritonPath)  # type: ignore[type-abstract]
         assert path is not None
+        source, structure = path.source(_stored(site))
+        if self.device is not None:
+            best = estimates(source, self.device)[0]
+            if best.speedup <= 1:
+                return No(f"no form is faster than dense on {self.device.name}: {best.structure.value} would reach {best.speedup:.2f}x")
+            structure = best.structure
         try:
-            return pack(*path.source(_stored(site)), self.tile)
+            return pack(source, structure, self.tile)
         except LowerError as error:
             return No(str(error))
 
