@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,18 +11,9 @@ from torch import Tensor
 from .kernels.matmul import lscd_decode, lscd_matmul
 from .kernels.reduce import reduce_splits
 from .layout import Packed, Values
+from .schedule import Schedule
 
 NATIVE = os.environ.get("TRITON_INTERPRET", "0") != "1"  # the interpreter knows no inline assembly
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How a product is cut up: tokens a program, splits along K, warps, pipeline stages."""
-
-    tokens: int = 16
-    splits: int = 1
-    warps: int = 4
-    stages: int = 3
 
 
 def variant(packed: Packed) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...ir.errors import LowerError
 from .layout import TENSORS, Packed, Structure, Tile, Values
+from .schedule import schedule_for
 
 LARGE = 128  # rows of data from which the dense weight is rebuilt
 OLDEST = (8, 0)  # compute capability that has asynchronous copies and bfloat16
@@ -47,7 +48,7 @@ def assemble(layout: str, tensors: Sequence[Tensor]) -> Packed:
 @torch.library.custom_op("fxpress_triton::linear", mutates_args=())
 def linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, layout: str, rows: int) -> Tensor:
     """`x: [..., K] -> [..., rows]` with the packed weight; `bias: [rows]` is added in float32."""
-    from .launch import NATIVE, Schedule, decode, matmul
+    from .launch import NATIVE, decode, matmul
 
     packed = assemble(layout, weight)
     _check(x, packed, NATIVE)
@@ -56,7 +57,7 @@ def linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, layout: str
         return x.new_empty(*x.shape[:-1], rows)
     if len(flat) > LARGE:
         return F.linear(x, decode(packed), bias)
-    return matmul(packed, flat, bias, Schedule()).reshape(*x.shape[:-1], rows)
+    return matmul(packed, flat, bias, schedule_for(packed, len(flat))).reshape(*x.shape[:-1], rows)
 
 
 @linear.register_fake

@@ -17,8 +17,9 @@ from triton.compiler import ASTSource
 
 from ...ir.errors import LowerError
 from .kernels.matmul import lscd_matmul
-from .launch import Schedule, variant
+from .launch import variant
 from .layout import TENSORS, Packed
+from .schedule import Schedule
 
 WARP = 32
 _TYPES = {torch.int32: "*i32", torch.int16: "*i16", torch.uint8: "*u8", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}

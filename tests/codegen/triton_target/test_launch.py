@@ -10,9 +10,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from fxpress.codegen.triton_target.launch import Schedule, decode, matmul
+from fxpress.codegen.triton_target.launch import decode, matmul
 from fxpress.codegen.triton_target.layout import Structure, Tile, Values
 from fxpress.codegen.triton_target.pack import Source, pack
+from fxpress.codegen.triton_target.schedule import Schedule
 
 from .weights import DEVICE, kept_of_group, random_mask, random_source
 

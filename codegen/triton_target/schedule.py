@@ -1,0 +1,42 @@
+"""How a product is cut into programs: tokens each, splits along K."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from .layout import Packed
+
+TOKEN_TILES = (16, 32, 64)
+WAVES = 2  # programs for every multiprocessor that are wanted in flight
+MOST_SPLITS = 8
+LEAST_TURNS = 4  # tiles along K below which a split only adds partial sums
+_MULTIPROCESSORS = 108  # where there is no GPU to ask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Tokens a program, splits along K, warps, pipeline stages."""
+
+    tokens: int = 16
+    splits: int = 1
+    warps: int = 4
+    stages: int = 3
+
+
+def schedule_for(packed: Packed, tokens: int, multiprocessors: int | None = None) -> Schedule:
+    """The narrowest tile of tokens that holds all (64 at most), and as many splits along K as it takes to fill the GPU.
+
+    `multiprocessors`: of the GPU that holds the weight unless given. A rule, not a measurement.
+    """
+    wide = next((t for t in TOKEN_TILES if t >= tokens), TOKEN_TILES[-1])
+    programs = -(-packed.rows // packed.tile.rows) * -(-tokens // wide)
+    wanted = -(-WAVES * (multiprocessors or _multiprocessors(packed.values.device)) // programs)
+    return Schedule(tokens=wide, splits=max(1, min(wanted, MOST_SPLITS, packed.tiles // LEAST_TURNS)))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else _MULTIPROCESSORS
