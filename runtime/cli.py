@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,15 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 bench = typer.Typer(no_args_is_help=True, help="Measure parts of fxpress on this machine.")
 app.add_typer(bench, name="bench")
+
+
+class FloatName(Enum):
+    """Dtypes a model can be cast to."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
 
 ModelArgument = Annotated[str, typer.Argument(help="Hugging Face folder, or package.module:factory returning (model, example_inputs)")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="folder to write")]
@@ -51,17 +61,22 @@ def optimize(
     onnx: Annotated[bool, typer.Option(help="also write a checked model.onnx")] = True,
     seed: Annotated[int, typer.Option(help="seed")] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="folder to resume from after a kill")] = None,
+    target: Annotated[str | None, typer.Option(help="also lower to this target and say what every site became: reference, onnx or triton")] = None,
+    device: Annotated[str | None, typer.Option(help="with --target triton: choose each weight's form for a100, h100, h200, rtx4090 or a6000")] = None,
+    dtype: Annotated[FloatName | None, typer.Option(help="cast the model first; Triton kernels compute in float16 or bfloat16")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print plan, legality, bytes, time and memory; touch nothing")] = False,
 ) -> None:
     """Run passes over a model and write the artefact, the ONNX file, the diff and the summary."""
     from .commands import OptimizeRequest, run_optimize
 
+    if device is not None and target != "triton":
+        raise SpecError("--device goes with --target triton")
     if (recipe is None) == (not passes):
         raise SpecError("give either --pass (repeatable) or --recipe; `fxpress passes` lists the passes")
     run_optimize(
         OptimizeRequest(
             model=model, out=out, passes=recipe if recipe is not None else list(passes or []), calibration=calibration, windows=windows, length=length,
-            onnx=onnx, seed=seed, checkpoint=checkpoint, dry_run=dry_run,
+            onnx=onnx, seed=seed, checkpoint=checkpoint, dry_run=dry_run, target=target, device=device, dtype=dtype.value if dtype else None,
         )
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -34,11 +35,16 @@ class OptimizeRequest:
     seed: int
     checkpoint: Path | None
     dry_run: bool
+    target: str | None = None
+    device: str | None = None
+    dtype: str | None = None
 
 
 def run_optimize(request: OptimizeRequest) -> None:
     """Load, optimize, write `artifact/`, `model.onnx`, `diff.html` and `summary.txt`."""
     source = load_source(request.model)
+    if request.dtype is not None:
+        source = source.cast(getattr(torch, request.dtype))
     calibration: Any = source.calibration or None
     if request.calibration is not None:
         calibration = source.text_batches(request.calibration, windows=request.windows, length=request.length)
@@ -52,6 +58,9 @@ def run_optimize(request: OptimizeRequest) -> None:
     text = result.summary()
     if request.onnx:
         text += str(result.export_onnx(request.out / "model.onnx", progress=True)) + "\n"
+    if request.target is not None:
+        report = result.lower_with_report(request.target, device=request.device).report
+        text += f"lowered to {request.target}{f' for {request.device}' if request.device else ''}:\n{report}\n"
     result.diff().to_html(request.out / "diff.html")
     (request.out / "summary.txt").write_text(text, encoding="utf-8")
     typer.echo(text + f"written: {', '.join(sorted(str(p) for p in request.out.iterdir()))}")

@@ -6,12 +6,13 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..ir.capture import capture
 from ..ir.errors import CalibrationError, CaptureError, MissingExtraError
@@ -31,6 +32,14 @@ class Source:
     def capture(self) -> Program:
         """The captured program."""
         return capture(self.model, self.example_inputs, dynamic_shapes=self.dynamic_shapes)
+
+    def cast(self, dtype: torch.dtype) -> Source:
+        """The same model, example inputs and calibration batches with their floats in `dtype`; the model itself is cast."""
+
+        def cast(tree: Any) -> Any:
+            return pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
+
+        return replace(self, model=self.model.to(dtype), example_inputs=cast(self.example_inputs), calibration=cast(list(self.calibration)))
 
     def text_batches(self, path: Path, *, windows: int, length: int) -> list[dict[str, Tensor]]:
         """Calibration batches from a UTF-8 text file: evenly spaced token windows."""

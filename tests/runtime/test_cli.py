@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from fxpress.ir.errors import SpecError
 from fxpress.runtime import cli
 from fxpress.runtime.cli import app
 
@@ -122,3 +123,12 @@ def test_errors_are_one_line_and_exit_with_2(factory: Path, arguments: list[str]
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err and err.count("error (") == 1
     assert {p.name for p in factory.iterdir()} <= {"shop.py", "__pycache__"}
+
+
+def test_lowering_for_a_gpu_that_is_not_here(factory: Path) -> None:
+    pytest.importorskip("triton")
+    recipe = ("--pass", "prune_magnitude{pattern=16:32,only=['2']}", "--pass", "quantize_rtn{bits=4}", "--pass", "store_sparse{only=['2']}")
+    printed = run("optimize", "shop:net", *recipe, "--out", "out", "--no-onnx", "--dtype", "float16", "--target", "triton", "--device", "a6000")
+    assert "lowered to triton for a6000:" in printed and printed.count("fxpress_triton.linear") == 2
+    with pytest.raises(SpecError, match="--device goes with --target triton"):
+        run("optimize", "shop:net", *recipe, "--device", "a6000")
