@@ -61,7 +61,8 @@ class Triton(Target[Program]):
                 _swap(editor, site, packed)
             decode_sites(editor, [s for s in lowered.sites() if s.name in refused])
         lowered.stage = Stage.LOWERED
-        rows |= {s.name: _dense_row(s, formats, refused) for s in lowered.sites()}
+        for site in lowered.sites():
+            rows[site.name] = _dense_row(site, formats, refused, next((t for t in site.tied if t in rows), None))
         return Lowered(lowered, LoweringReport(target=self.name, sites=tuple(rows[n] for n in formats), nbytes=lowered.nbytes))
 
     def _packed(self, site: WeightSite) -> Packed | No:
@@ -100,6 +101,8 @@ def _row(site: WeightSite, packed: Packed) -> SiteLowering:
     return SiteLowering(site=site.name, format=site.format.to_spec(), form=form, why=f"{bits:.2f} bits a weight travel", nbytes=packed.nbytes, fused=True)
 
 
-def _dense_row(site: WeightSite, formats: dict[str, str], refused: dict[str, str]) -> SiteLowering:
+def _dense_row(site: WeightSite, formats: dict[str, str], refused: dict[str, str], first: str | None) -> SiteLowering:
+    """A site that stays plain; `first` is an earlier one with the same tensor, whose bytes count there."""
     why = f"decoded: {refused[site.name]}" if site.name in refused else "not compressed"
-    return SiteLowering(site=site.name, format=formats[site.name], form=op_name(site.node), why=why, nbytes=site.nbytes)
+    why += f"; shares the tensor of {first}" if first else ""
+    return SiteLowering(site=site.name, format=formats[site.name], form=op_name(site.node), why=why, nbytes=0 if first else site.nbytes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -97,3 +99,8 @@ def test_the_operator_is_traced_without_being_run() -> None:
     lowered = Triton().lower(fxpress.optimize(_program(), ["quantize_rtn{bits=4,kinds=[linear]}"]).program).artifact
     exported = lowered.to_exported()
     assert sum("fxpress_triton" in str(n.target) for n in exported.graph.nodes) == 2
+
+
+def test_tied_weights_count_once(captured: Callable[[str], Program]) -> None:
+    report = Triton().lower(captured("embedding")).report
+    assert sum(r.nbytes for r in report.sites) < report.nbytes + 1 and any("shares the tensor of" in r.why for r in report.sites)
