@@ -235,7 +235,8 @@ class SitePass(Pass):
                 fmt = self.planned_format(site)
                 if fmt is not None:
                     spec = fmt.payload_spec(site.rows, site.columns, site.dtype)
-                    editor.compress(site, fmt, {k: torch.empty(t.shape, dtype=t.dtype, device="meta") for k, t in spec.items()}, "preview")
+                    hold = editor.recompress if site.compressed else editor.compress
+                    hold(site, fmt, {k: torch.empty(t.shape, dtype=t.dtype, device="meta") for k, t in spec.items()}, "preview")
 
     def rewrite(self, program: Program, plan: Plan, ctx: Context) -> tuple[SiteResult, ...]:
         """Treat every decided site in graph order, under one calibration walk when the pass has `needs`."""

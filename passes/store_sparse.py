@@ -16,13 +16,14 @@ from torch import Tensor
 from ..ir.edit import Editor, why_not_compressible
 from ..ir.errors import PassError, SpecError
 from ..ir.formats.balanced import Balanced
+from ..ir.formats.base import parse_format
 from ..ir.formats.bitmap import Bitmap
 from ..ir.formats.nm import Nm
 from ..ir.formats.sparse import INNER, Sparse, largest_of_groups
 from ..ir.program import Program
 from ..ir.sites import SiteKind, WeightSite
 from ..ir.spec import option
-from .base import Decision, Guarantee, Plan, SitePass, SiteResult
+from .base import Decision, Guarantee, SitePass, SiteResult
 from .calibrate import Statistics
 from .context import Context
 from .pruning import PLANNED_ZEROS
@@ -80,25 +81,20 @@ class StoreSparse(SitePass):
 
     def decide(self, site: WeightSite, ctx: Context) -> Decision:
         """The form and its exact bytes; a dry run cannot know the zeros of weights that earlier passes would make."""
-        if _unknown(site):
+        fmt = self.planned_format(site)
+        if fmt is None:
             return Decision(site=site.name, action="store the zeros as such (the size depends on them)", bytes_before=site.nbytes, bytes_after=site.nbytes)
-        fmt = self._fitting(site, site.matrix())[0]
         after = fmt.nbytes(site.rows, site.columns, site.dtype)
         return Decision(site=site.name, action=fmt.to_spec(), bytes_before=site.nbytes, bytes_after=after, flops=20.0 * site.parameters)
 
-    def preview(self, program: Program, plan: Plan, ctx: Context) -> None:
-        """Swap in the sparse forms of weights that are known, with tensors that have shapes but no data."""
-        chosen = {d.site for d in plan.decisions}
-        with Editor(program, self.to_spec()) as editor:
-            for site in [s for s in program.sites() if s.name in chosen and not _unknown(s)]:
-                fmt = self._fitting(site, site.matrix())[0]
-                spec = fmt.payload_spec(site.rows, site.columns, site.dtype)
-                hold = editor.recompress if site.compressed else editor.compress
-                hold(site, fmt, {k: torch.empty(t.shape, dtype=t.dtype, device="meta") for k, t in spec.items()}, "preview")
+    def planned_format(self, site: WeightSite) -> Sparse | None:
+        """The form that the site will take, if its zeros are known."""
+        return None if _unknown(site) else self._fitting(site, site.matrix())[0]
 
     def rewrite_site(self, editor: Editor, site: WeightSite, decision: Decision, statistics: Statistics | None, ctx: Context) -> SiteResult:
         """Drop the entries of zeros, and check that nothing else changed."""
-        matrix, fmt = site.matrix(), self._fitting(site, site.matrix())[0]
+        matrix, fmt = site.matrix(), parse_format(decision.action)
+        assert isinstance(fmt, Sparse)
         payload = fmt.pack(fmt.choose(matrix), site.payload())
         if not torch.equal(fmt.decode(payload, site.rows, site.columns, site.dtype), matrix):
             raise PassError(f"store_sparse at {site}: the weight in {fmt.to_spec()} does not decode to what it was; please report this")

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from ...ir.errors import LowerError
 from ...ir.spec import suggest
-from .layout import WORD, Structure, Values
+from .layout import WORD, Structure, Values, word_room
 from .pack import Source
 
 DENSE_INSTRUCTIONS = 2.1  # a weight of a plain float16 product, the same tile and tokens
 _HERE = Path(__file__).parent
-_FEWEST_IN_WORD = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +84,7 @@ def _forms(source: Source) -> dict[Structure, float]:
     forms = {} if source.kind is Values.HALF or source.table is not None else {Structure.DENSE: float(bits)}
     most = _most(present, WORD)
     if most <= WORD // 2:
-        forms[Structure.BALANCED] = 1 + bits * max(_FEWEST_IN_WORD, 1 << (most - 1).bit_length()) / WORD
+        forms[Structure.BALANCED] = 1 + bits * word_room(most) / WORD
     if _most(present, 4) <= 2 and source.table is None:
         forms[Structure.TWO_OF_FOUR] = 1 + bits / 2
     if source.kind is not Values.ROWS:

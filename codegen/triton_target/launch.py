@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .kernels.matmul import lscd_decode, lscd_matmul
 from .kernels.reduce import reduce_splits
-from .layout import Packed, Values
+from .layout import Packed
 from .schedule import Schedule
 
 NATIVE = os.environ.get("TRITON_INTERPRET", "0") != "1"  # the interpreter knows no inline assembly
@@ -19,8 +19,7 @@ NATIVE = os.environ.get("TRITON_INTERPRET", "0") != "1"  # the interpreter knows
 def variant(packed: Packed) -> dict[str, Any]:
     """Compile-time arguments that both kernels share."""
     bits = packed.values_kind.bits
-    stored = {Values.SHARED: 2, Values.ROWS: 8}.get(packed.values_kind, 32 // bits)  # values an element of `values` holds
-    element = 1 if packed.values.dtype is torch.int16 else stored
+    element = 8 * packed.values.element_size() // bits  # values that an element of `values` holds
     return {
         "BM": packed.tile.rows, "BK": packed.tile.columns, "PAIRS": packed.pairs, "COUNT": 2 * packed.pairs // element, "STRUCTURE": packed.structure.value,
         "VALUES": packed.values_kind.value if packed.entries else bits, "ENTRIES": packed.entries, "PER_GROUP": packed.group,

@@ -18,6 +18,7 @@ from ...ir.errors import LowerError
 
 TENSORS = ("words", "starts", "offsets", "values", "codebook", "grid")  # of a packed weight, as the kernels take them
 WORD = 32  # columns of one presence word
+SMALLEST_KEEP = 4  # places of a balanced word
 WHOLE_ROW = 1 << 20  # tiles of a group that never ends
 _PAIR_ORDER = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 2, 1, 3)}  # codes of a word from its low bits up
 
@@ -106,6 +107,11 @@ class Packed:
     def groups(self) -> int:
         """Groups of columns that have scales of their own."""
         return self.grid.shape[1] if self.grid.dim() == 3 else 1
+
+
+def word_room(most: int) -> int:
+    """Places of a balanced word that holds `most` values: a power of two."""
+    return max(SMALLEST_KEEP, 1 << (most - 1).bit_length())
 
 
 def cut(matrix: Tensor, tile: Tile) -> Tensor:

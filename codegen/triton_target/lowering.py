@@ -34,7 +34,7 @@ class Triton(Target[Program]):
 
     def supports(self, site: WeightSite) -> Support:
         """What the format's fast path says; only linears, and only in 16-bit floats."""
-        path = fast_path(__package__, site.format.name, TritonPath)  # type: ignore[type-abstract]
+        path = _path(site)
         if path is None:
             return No(f"there is no fast path codegen/triton_target/{site.format.name}.py")
         if site.kind is not SiteKind.LINEAR:
@@ -70,7 +70,7 @@ class Triton(Target[Program]):
         answer = self.supports(site)
         if isinstance(answer, No):
             return answer
-        path = fast_path(__package__, site.format.name, TritonPath)  # type: ignore[type-abstract]
+        path = _path(site)
         assert path is not None
         source, structure = path.source(_stored(site))
         if self.device is not None:
@@ -82,6 +82,10 @@ class Triton(Target[Program]):
             return pack(source, structure, self.tile)
         except LowerError as error:
             return No(str(error))
+
+
+def _path(site: WeightSite) -> TritonPath | None:
+    return fast_path(__package__, site.format.name, TritonPath)  # type: ignore[type-abstract]
 
 
 def _stored(site: WeightSite) -> Stored:

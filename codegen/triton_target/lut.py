@@ -11,6 +11,11 @@ from .path import Stored, TritonPath
 MOST_ENTRIES = 16
 
 
+def table_kind(fmt: Lut) -> Values:
+    """One table for the matrix, or one a row."""
+    return Values.SHARED if fmt.rows_per_table is None else Values.ROWS
+
+
 class LutPath(TritonPath):
     """Tables of at most 16 entries: of any type that the compute dtype holds exactly when the matrix shares one, of 8-bit integers when rows have their own."""
 
@@ -34,12 +39,12 @@ class LutPath(TritonPath):
         assert isinstance(fmt, Lut)
         codes, _ = fmt.unpack(stored.payload, stored.rows, stored.columns)
         table, scale = stored.payload["table"], stored.payload.get("scale")
-        shared = fmt.rows_per_table is None
+        kind = table_kind(fmt)
         source = Source(
-            kind=Values.SHARED if shared else Values.ROWS,
+            kind=kind,
             values=codes,
             dtype=stored.dtype,
             scale=scale,
-            table=table if shared else fmt.spread(table, stored.rows),
+            table=table if kind is Values.SHARED else fmt.spread(table, stored.rows),
         )
         return source, Structure.DENSE

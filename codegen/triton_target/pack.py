@@ -23,11 +23,11 @@ from .layout import (
     stored_words,
     two_of_four,
     two_of_four_mask,
+    word_room,
 )
 
 MAGIC = {torch.float16: 1024.0, torch.bfloat16: 128.0}  # what an exponent put over a 4-bit code adds to it
 UNIT_BYTES = 16  # bitmaps' tiles begin on these
-SMALLEST_KEEP = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ def _pairs_of_four(packed: Packed, tiles: Tensor, taken: Tensor) -> Packed:
 def _balanced(packed: Packed, tiles: Tensor, taken: Tensor) -> Packed:
     """Room for a power of two of values a word, the largest count in the matrix or more."""
     most = int(taken.unflatten(-1, (-1, WORD)).sum(-1).max())
-    keep = max(SMALLEST_KEEP, 1 << (most - 1).bit_length())
+    keep = word_room(most)
     kept = _kept(packed, tiles, taken, WORD, keep)
     words = presence_words(taken)
     return replace(packed, pairs=packed.pairs * keep // WORD, words=words.flatten(), values=stored_words(kept, packed.values_kind).flatten())

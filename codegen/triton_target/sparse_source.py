@@ -6,9 +6,11 @@ from dataclasses import replace
 
 from ...ir.formats.base import WeightFormat
 from ...ir.formats.dense import Dense
+from ...ir.formats.lut import Lut
 from ...ir.formats.sparse import Sparse
 from ..target import No, Support, Yes, fast_path
 from .layout import Structure, Values
+from .lut import table_kind
 from .pack import Source
 from .path import Stored, TritonPath
 
@@ -29,10 +31,10 @@ class SparsePath(TritonPath):
         if isinstance(fmt.inner, Dense):
             stores = stored.payload["values"].dtype
             return Yes() if stores is stored.dtype else No(f"values stored as {stores} for a product in {stored.dtype}; store them in the dtype of the model")
-        answer = _inner_path(fmt).supports(_inner(stored))
+        answer = _inner_path(fmt).supports(replace(stored, format=fmt.inner))  # it looks at the format and at tables, which are stored whole
         if isinstance(answer, No):
             return answer
-        if self.source(stored)[0].kind is Values.ROWS and self.source(stored)[1] is Structure.BITMAP:
+        if isinstance(fmt.inner, Lut) and table_kind(fmt.inner) is Values.ROWS and self.structure(fmt, Values.ROWS) is Structure.BITMAP:
             return No("row tables need as many values in every row, and a bitmap has none such; prune to a balanced pattern, or use rows_per_table=none")
         return Yes()
 
@@ -46,12 +48,6 @@ class SparsePath(TritonPath):
         else:
             source = replace(_inner_path(fmt).source(replace(stored, format=fmt.inner, payload=inner))[0], present=present)
         return source, self.structure(fmt, source.kind)
-
-
-def _inner(stored: Stored) -> Stored:
-    fmt = stored.format
-    assert isinstance(fmt, Sparse)
-    return replace(stored, format=fmt.inner, payload=fmt.unpack(stored.payload, stored.rows, stored.columns, stored.dtype)[1])
 
 
 def _inner_path(fmt: Sparse) -> TritonPath:

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..spec import option
-from .base import Payload, TensorSpec
-from .bitpack import pack, packed_width, unpack
 from .sparse import Sparse, largest_of_groups
 
 
@@ -30,19 +28,11 @@ class Balanced(Sparse):
         """As many in every row."""
         return (rows, columns // self.group * self.keep + min(self.keep, columns % self.group))
 
-    def presence_spec(self, rows: int, columns: int) -> dict[str, TensorSpec]:
-        """`mask: [N, ceil(K/8)] uint8`, bit j of byte i for column 8i + j."""
-        return {"mask": TensorSpec((rows, packed_width(columns, 1)), torch.uint8)}
-
     def pack_presence(self, present: Tensor) -> dict[str, Tensor]:
         """Eight columns a byte; every group must have its number."""
         if not torch.equal(present, largest_of_groups(present.float(), self.keep, self.group)):
             raise FormatError(f"{self.to_spec()}: the mask {list(present.shape)} has groups that do not keep exactly {self.keep} of {self.group}")
-        return {"mask": pack(present.to(torch.uint8), 1)}
-
-    def unpack_presence(self, payload: Payload, rows: int, columns: int) -> Tensor:
-        """`[N, K] bool`."""
-        return unpack(payload["mask"], 1, columns).bool()
+        return super().pack_presence(present)
 
     def choose(self, matrix: Tensor) -> Tensor:
         """The `keep` largest magnitudes of every group."""

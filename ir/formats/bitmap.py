@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..spec import option
-from .base import Payload, TensorSpec
-from .bitpack import pack, packed_width, unpack
 from .sparse import Sparse, largest
 
 
@@ -26,18 +23,6 @@ class Bitmap(Sparse):
     def kept_shape(self, rows: int, columns: int) -> tuple[int, ...]:
         """One run for the whole matrix."""
         return (self.count,)
-
-    def presence_spec(self, rows: int, columns: int) -> dict[str, TensorSpec]:
-        """`mask: [N, ceil(K/8)] uint8`, bit j of byte i for column 8i + j."""
-        return {"mask": TensorSpec((rows, packed_width(columns, 1)), torch.uint8)}
-
-    def pack_presence(self, present: Tensor) -> dict[str, Tensor]:
-        """Eight columns a byte."""
-        return {"mask": pack(present.to(torch.uint8), 1)}
-
-    def unpack_presence(self, payload: Payload, rows: int, columns: int) -> Tensor:
-        """`[N, K] bool`."""
-        return unpack(payload["mask"], 1, columns).bool()
 
     def choose(self, matrix: Tensor) -> Tensor:
         """The `count` largest magnitudes of the matrix."""

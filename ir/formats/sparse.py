@@ -56,17 +56,17 @@ class Sparse(WeightFormat):
     def kept_shape(self, rows: int, columns: int) -> tuple[int, ...]:
         """Shape of the kept entries: `(count,)`, or `(N, kept in a row)`."""
 
-    @abstractmethod
     def presence_spec(self, rows: int, columns: int) -> dict[str, TensorSpec]:
-        """The stored tensors that say which weights are present."""
+        """What says which weights are present: `mask: [N, ceil(K/8)] uint8`, bit j of byte i for column 8i + j, unless a format has something smaller."""
+        return {"mask": TensorSpec((rows, packed_width(columns, 1)), torch.uint8)}
 
-    @abstractmethod
     def pack_presence(self, present: Tensor) -> dict[str, Tensor]:
         """`present: [N, K] bool` as stored; as many as the format demands."""
+        return {"mask": pack(present.to(torch.uint8), 1)}
 
-    @abstractmethod
     def unpack_presence(self, payload: Payload, rows: int, columns: int) -> Tensor:
         """`[N, K] bool`."""
+        return unpack(payload["mask"], 1, columns).bool()
 
     @abstractmethod
     def choose(self, matrix: Tensor) -> Tensor:

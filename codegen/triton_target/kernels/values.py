@@ -22,16 +22,16 @@ def code_pairs(q, COUNT: tl.constexpr, BITS: tl.constexpr, BF16: tl.constexpr):
         p = join4((q & 0x000F000F) | EXPONENT, ((q >> 4) & 0x000F000F) | EXPONENT, ((q >> 8) & 0x000F000F) | EXPONENT, ((q >> 12) & 0x000F000F) | EXPONENT)
         return tl.reshape(p, [COUNT])
     elif BF16:
-        return tl.reshape(tl.join(_converted(q), _converted(q >> 8)), [COUNT])
+        return tl.reshape(tl.join(_exact_pairs(q, 16, 0), _exact_pairs(q >> 8, 16, 0)), [COUNT])
     else:
         return tl.reshape(tl.join((q & 0x00FF00FF) | 0x64006400, ((q >> 8) & 0x00FF00FF) | 0x64006400), [COUNT])
 
 
 @triton.jit
-def _converted(q):
-    """bfloat16 pairs of the 8-bit codes at bits 0 and 16: exact as float32 over 2^23, and as bfloat16."""
-    low = ((q & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-    high = (((q >> 16) & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+def _exact_pairs(q, SHIFT: tl.constexpr, BIAS: tl.constexpr):
+    """bfloat16 pairs `byte - BIAS` of the bytes at bits 0 and SHIFT: exact as float32 over 2^23, and as bfloat16."""
+    low = ((q & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + BIAS)
+    high = (((q >> SHIFT) & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + BIAS)
     return bits16(low, True) | (bits16(high, True) << 16)
 
 
@@ -69,20 +69,12 @@ def _entries(codes, t0, t1, t2, t3, ENTRIES: tl.constexpr, NATIVE: tl.constexpr)
 def _byte_pairs(four, BF16: tl.constexpr, NATIVE: tl.constexpr):
     """Two words of pairs `byte - 128` of four bytes."""
     if BF16:
-        return _signed(four), _signed(four >> 16)
+        return _exact_pairs(four, 8, 128), _exact_pairs(four >> 16, 8, 128)
     else:
         exponent = tl.full(four.shape, 0x64646464, tl.int32)
         bias = tl.full(four.shape, 0x64806480, tl.int32)
         a = subtract_pairs(pick_bytes(four, exponent, tl.full(four.shape, 0x4140, tl.int32), NATIVE), bias, False, NATIVE)
         return a, subtract_pairs(pick_bytes(four, exponent, tl.full(four.shape, 0x4342, tl.int32), NATIVE), bias, False, NATIVE)
-
-
-@triton.jit
-def _signed(q):
-    """bfloat16 pairs `byte - 128` of the two low bytes."""
-    low = ((q & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
-    high = (((q >> 8) & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
-    return bits16(low, True) | (bits16(high, True) << 16)
 
 
 @triton.jit
