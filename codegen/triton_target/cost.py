@@ -20,6 +20,7 @@ from .layout import WORD, Structure, Values, word_room
 from .pack import Source
 
 DENSE_INSTRUCTIONS = 2.1  # a weight of a plain float16 product, the same tile and tokens
+SLOT_BITS = 48  # an outlier with its place
 _HERE = Path(__file__).parent
 
 
@@ -70,10 +71,12 @@ def estimates(source: Source, device: Device) -> list[Estimate]:
 
 def _estimate(source: Source, structure: Structure, bits: float, device: Device) -> Estimate:
     groups = source.scale.shape[1] if source.scale is not None else 0
+    apart = len(source.outliers.row) / source.values.numel() if source.outliers is not None else 0.0
     grid = 0 if source.scale is None else (4 if source.scale.element_size() == 2 else 8) * 8 * groups / source.values.shape[1]
-    instructions = _instructions(structure, source.kind, device.architecture, grouped=groups > 1)
+    instructions = _instructions(structure, source.kind, device.architecture, grouped=groups > 1) + apart * _slot(device.architecture)
+    bits += grid + apart * SLOT_BITS
     dense = device.nanoseconds(16, DENSE_INSTRUCTIONS)
-    return Estimate(structure=structure, bits=bits + grid, instructions=instructions, speedup=dense / device.nanoseconds(bits + grid, instructions))
+    return Estimate(structure=structure, bits=bits, instructions=instructions, speedup=dense / device.nanoseconds(bits, instructions))
 
 
 def _forms(source: Source) -> dict[Structure, float]:
@@ -101,6 +104,10 @@ def _most(present: Tensor, width: int) -> int:
 def _table() -> dict[str, dict[int, list[float]]]:
     limits: dict[str, dict[int, list[float]]] = yaml.safe_load((_HERE / "limits.yaml").read_text(encoding="utf-8"))["limits"]
     return limits
+
+
+def _slot(architecture: int) -> float:
+    return _table()["4-bit shared table, outliers"][architecture][3]
 
 
 def _instructions(structure: Structure, kind: Values, architecture: int, *, grouped: bool) -> float:

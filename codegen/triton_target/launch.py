@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .kernels.matmul import lscd_decode, lscd_matmul
 from .kernels.reduce import reduce_splits
-from .layout import Packed
+from .layout import TILED, Packed
 from .schedule import Schedule
+from .slots import CHUNK, add_slots
 
 NATIVE = os.environ.get("TRITON_INTERPRET", "0") != "1"  # the interpreter knows no inline assembly
 
@@ -41,7 +42,8 @@ def matmul(packed: Packed, x: Tensor, bias: Tensor | None, schedule: Schedule) -
     lscd_matmul[grid](
         *packed.tensors, x if NATIVE or x.dtype is not torch.bfloat16 else x.view(torch.int16), x if bias is None else bias, y, rows, tokens, packed.columns,
         packed.tiles, packed.groups, turns, BN=schedule.tokens, GROUPED=packed.groups > 1, BIASED=bias is not None and alone,
-        EVEN=packed.columns % packed.tile.columns == 0, STAGES=schedule.stages, num_warps=schedule.warps, num_stages=schedule.stages, **variant(packed),
+        EVEN=packed.columns % packed.tile.columns == 0, SLOTS=CHUNK if packed.slots.numel() else 0, STAGES=schedule.stages, num_warps=schedule.warps,
+        num_stages=schedule.stages, **variant(packed),
     )  # fmt: skip
     if alone:
         return y.to(x.dtype)
@@ -54,5 +56,8 @@ def decode(packed: Packed) -> Tensor:
     """The dense weight `[M, K]` in its dtype."""
     out = torch.empty((packed.rows, packed.columns), dtype=packed.dtype if NATIVE else torch.float32, device=packed.values.device)
     grid = (-(-packed.rows // packed.tile.rows), packed.tiles)
-    lscd_decode[grid](*packed.tensors, out, packed.rows, packed.columns, packed.tiles, packed.groups, **variant(packed))
-    return out.to(packed.dtype)
+    lscd_decode[grid](*(getattr(packed, name) for name in TILED), out, packed.rows, packed.columns, packed.tiles, packed.groups, **variant(packed))
+    dense = out.to(packed.dtype)
+    if packed.slots.numel():
+        add_slots(dense, packed.slots, packed.slot_values, packed.slot_starts, packed.tile.rows)
+    return dense

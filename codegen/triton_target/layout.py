@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ...ir.errors import LowerError
 
-TENSORS = ("words", "starts", "offsets", "values", "codebook", "grid")  # of a packed weight, as the kernels take them
+TILED = ("words", "starts", "offsets", "values", "codebook", "grid")  # tensors of a packed weight that hold its tiles, as the kernels take them
+TENSORS = (*TILED, "slots", "slot_values", "slot_starts")
 WORD = 32  # columns of one presence word
 SMALLEST_KEEP = 4  # places of a balanced word
 WHOLE_ROW = 1 << 20  # tiles of a group that never ends
@@ -62,7 +63,7 @@ class Packed:
     `words: [tiles, words a tile] int32`, `starts` likewise int16 and `offsets: [tiles + 1] int32` (16-byte units) for bitmaps, `values` the stored words of all
     tiles, `codebook` tables (2:4: byte selectors), `grid: [rows, groups, 1 or 2]` scales and offsets, `group` K-tiles sharing them (one word:
     a float16 scale, and a 16-bit float to subtract in the high half; two: a float32 scale, and the offset). `zeroed`: offsets count; `shift` is the pair of
-    floats to subtract when all of them are equal. Empty tensors stand for what a variant does not have.
+    floats to subtract when all of them are equal. `slots`, `slot_values`, `slot_starts`: outliers (`slots_of`). Empty tensors stand for what there is not.
     """
 
     structure: Structure
@@ -82,6 +83,9 @@ class Packed:
     values: Tensor
     codebook: Tensor
     grid: Tensor
+    slots: Tensor
+    slot_values: Tensor
+    slot_starts: Tensor
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -25,6 +25,7 @@ from .layout import (
     two_of_four_mask,
     word_room,
 )
+from .slots import Outliers, slots_of
 
 MAGIC = {torch.float16: 1024.0, torch.bfloat16: 128.0}  # what an exponent put over a 4-bit code adds to it
 UNIT_BYTES = 16  # bitmaps' tiles begin on these
@@ -36,7 +37,7 @@ class Source:
 
     `values: [N, K]` are 16-bit floats, or codes as uint8. For affine codes the value is `code - zero[n, g]` with whole zero points; for codes into tables it is
     the entry (`table: [T, E]`, one table, or one of 8-bit integers a row). `scale` (float16 or float32) and `zero` are `[N, G]`, groups of `group` columns;
-    None: 1, no zero point, one group.
+    None: 1, no zero point, one group. `outliers` are added to all that.
     """
 
     kind: Values
@@ -47,6 +48,7 @@ class Source:
     zero: Tensor | None = None
     table: Tensor | None = None
     group: int | None = None
+    outliers: Outliers | None = None
 
 
 def pack(source: Source, structure: Structure, tile: Tile) -> Packed:
@@ -61,6 +63,7 @@ def pack(source: Source, structure: Structure, tile: Tile) -> Packed:
         entries=source.table.shape[1] if source.table is not None else 0, group=(source.group or 0) // tile.columns or WHOLE_ROW,
         words=_none(torch.int32), starts=_none(torch.int16), offsets=_none(torch.int32), values=_none(torch.int32),
         codebook=_codebook(source), grid=grid, zeroed=source.zero is not None, shift=shift,
+        **slots_of(source.outliers, rows, columns, tile.rows),
     )  # fmt: skip
     return {Structure.DENSE: _dense, Structure.TWO_OF_FOUR: _pairs_of_four, Structure.BALANCED: _balanced, Structure.BITMAP: _bitmap}[structure](
         packed, tiles, taken

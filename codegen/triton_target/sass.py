@@ -20,6 +20,7 @@ from .kernels.matmul import lscd_matmul
 from .launch import variant
 from .layout import TENSORS, Packed
 from .schedule import Schedule
+from .slots import CHUNK
 
 WARP = 32
 _TYPES = {torch.int32: "*i32", torch.int16: "*i16", torch.uint8: "*u8", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
@@ -30,7 +31,10 @@ _BRANCH = re.compile(r"\bBRA\b.*?`\((\.L_\S+?)\)")
 
 @dataclass(frozen=True, kw_only=True)
 class LoopCost:
-    """What the main loop of a variant takes: machine instructions a weight, shared-memory ones for 32 weights, and resources of the whole kernel."""
+    """What the main loop of a variant takes: machine instructions a weight, shared-memory ones for 32 weights, and resources of the whole kernel.
+
+    `slot`: thread instructions that an outlier takes, in the loop behind the main one; 0 where there are none.
+    """
 
     instructions: float
     shared: float
@@ -38,6 +42,7 @@ class LoopCost:
     spilled: int
     copies: int
     shared_bytes: int
+    slot: float = 0.0
 
 
 def loop_cost(packed: Packed, architecture: int, schedule: Schedule | None = None) -> LoopCost:
@@ -48,7 +53,8 @@ def loop_cost(packed: Packed, architecture: int, schedule: Schedule | None = Non
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         code, resources = _tool("nvdisasm", "-c", cubin), _tool("cuobjdump", "-res-usage", cubin)
-    count = Counter(_mnemonic(line) for line in main_loop(code))
+    loops = matrix_loops(code)
+    count = Counter(_mnemonic(line) for line in loops[0])
     share = schedule.warps * WARP / (packed.tile.rows * packed.tile.columns)  # thread instructions a weight that one warp instruction is
     return LoopCost(
         instructions=count.total() * share,
@@ -57,6 +63,7 @@ def loop_cost(packed: Packed, architecture: int, schedule: Schedule | None = Non
         spilled=int(re.findall(r"STACK:(\d+)", resources)[-1]) + sum(n for name, n in count.items() if name.startswith(("LDL", "STL"))),
         copies=sum(n for name, n in count.items() if name.startswith("LDGSTS")),
         shared_bytes=compiled.metadata.shared,
+        slot=len(loops[1]) * schedule.warps * WARP / CHUNK if packed.slots.numel() else 0.0,
     )
 
 
@@ -64,7 +71,15 @@ def _compile(packed: Packed, architecture: int, schedule: Schedule) -> Any:
     """Pointers are told to be aligned to 16 bytes, M and K to be multiples of 16: without that no copy is asynchronous."""
     if not hasattr(lscd_matmul, "arg_names") or not callable(getattr(lscd_matmul, "warmup", None)):
         raise LowerError("compiling ahead of time needs Triton's compiler, and TRITON_INTERPRET=1 has replaced it; unset it before fxpress is imported")
-    constants = variant(packed) | {"BN": schedule.tokens, "GROUPED": packed.groups > 1, "BIASED": True, "EVEN": True, "STAGES": schedule.stages, "NATIVE": True}
+    constants = variant(packed) | {
+        "BN": schedule.tokens,
+        "GROUPED": packed.groups > 1,
+        "BIASED": True,
+        "EVEN": True,
+        "SLOTS": CHUNK if packed.slots.numel() else 0,
+        "STAGES": schedule.stages,
+        "NATIVE": True,
+    }
     kind = _TYPES[packed.dtype]
     signature = {name: _TYPES[t.dtype] for name, t in zip(TENSORS, packed.tensors, strict=True)} | {"x": kind, "bias": "*fp32", "y": kind}
     signature |= dict.fromkeys(("M", "N", "K", "tiles", "groups", "turns"), "i32") | dict.fromkeys(constants, "constexpr")
@@ -80,21 +95,21 @@ def _tool(name: str, flag: str, cubin: Path) -> str:
     return subprocess.run([str(path), flag, str(cubin)], check=True, capture_output=True, text=True).stdout
 
 
-def main_loop(code: str) -> list[str]:
-    """Instructions of the longest loop with a matrix instruction in it: from a label to the last branch back to it."""
+def matrix_loops(code: str) -> list[list[str]]:
+    """Instructions of the loops with a matrix instruction in them, in the order of the code: from a label to the last branch back to it."""
     lines: list[str] = []
     labels: dict[str, int] = {}
     for line in code.splitlines():
         if (label := _LABEL.match(line.strip())) is not None:
             labels[label[1]] = len(lines)
-        elif (found := _INSTRUCTION.search(line)) is not None:
-            lines.append(found[1].strip())
-    back = [(labels[b[1]], i + 1) for i, line in enumerate(lines) if (b := _BRANCH.search(line)) and labels.get(b[1], i + 1) <= i]
-    loops = [lines[start:stop] for start, stop in back]
-    found_loops = [loop for loop in loops if any("MMA" in line for line in loop)]
-    if not found_loops:
+        elif (instruction := _INSTRUCTION.search(line)) is not None:
+            lines.append(instruction[1].strip())
+    back = {labels[b[1]]: i + 1 for i, line in enumerate(lines) if (b := _BRANCH.search(line)) and labels.get(b[1], i + 1) <= i}
+    loops = [lines[start:stop] for start, stop in sorted(back.items())]
+    found = [loop for loop in loops if any("MMA" in line for line in loop)]
+    if not found:
         raise LowerError("no loop with a matrix instruction was found in the machine code; the product may have been unrolled or compiled away")
-    return max(found_loops, key=len)
+    return found
 
 
 def _mnemonic(instruction: str) -> str:

@@ -7,7 +7,7 @@ cannot reach the bandwidth, whatever its size. The numbers depend on the compile
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,11 +19,12 @@ from ...ir.errors import LowerError
 from .layout import Packed, Structure, Tile, Values
 from .pack import Source, pack
 from .sass import LoopCost, loop_cost
+from .slots import Outliers
 
 ARCHITECTURES = (80, 90)
 LIMITS = Path(__file__).with_name("limits.yaml")
 _SHAPE = (64, 512)  # two tiles or more of any size; contents do not matter to the code
-_FIELDS = ("instructions", "shared", "registers")
+_FIELDS = ("instructions", "shared", "registers", "slot")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,12 @@ def _source(kind: Values, present: Tensor | None = None, dtype: torch.dtype = to
     return Source(kind=kind, values=torch.zeros(_SHAPE, dtype=torch.uint8), dtype=dtype, present=present, scale=scale, zero=zero, table=table, group=group)
 
 
+def _with_outlier() -> Packed:
+    nothing = torch.zeros(1, dtype=torch.int64)
+    outlier = Outliers(row=nothing, column=nothing, value=torch.zeros(1, dtype=torch.float16))
+    return pack(replace(_source(Values.SHARED), outliers=outlier), Structure.DENSE, Tile())
+
+
 def _packer(
     structure: Structure, kind: Values, keep: int = 16, of: int = 32, dtype: torch.dtype = torch.float16, group: int | None = None
 ) -> Callable[[], Packed]:
@@ -79,6 +86,7 @@ VARIANTS: dict[str, Callable[[], Packed]] = {
     "4-bit codes, groups of 128": _packer(Structure.DENSE, Values.CODE4, group=128),
     "8-bit codes": _packer(Structure.DENSE, Values.CODE8),
     "4-bit shared table": _packer(Structure.DENSE, Values.SHARED),
+    "4-bit shared table, outliers": _with_outlier,
     "4-bit row tables": _packer(Structure.DENSE, Values.ROWS),
 }
 
@@ -91,5 +99,5 @@ def static_table(names: tuple[str, ...] = tuple(VARIANTS), architectures: tuple[
     for name in names:
         packed = VARIANTS[name]()
         for architecture in architectures:
-            limits = dict(zip(_FIELDS, data["limits"][name][architecture], strict=True))
+            limits = dict(zip(_FIELDS, data["limits"][name][architecture], strict=False))  # slots only where there are outliers
             yield StaticRow(variant=name, architecture=architecture, cost=loop_cost(packed, architecture), limits=limits)

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .bits import floats, subtract_pairs, tile_of
 from .expand import expand_2to4, expand_balanced, expand_bitmap
+from .outliers import add_outliers
 from .values import code_pairs, halves, row_pairs, shared_pairs
 
 
@@ -125,15 +126,16 @@ def load_tables(codebook, rows, M, STRUCTURE: tl.constexpr, VALUES: tl.constexpr
 
 @triton.jit
 def lscd_matmul(
-    words, starts, offsets, values, codebook, grid, x, bias, y, M, N, K, tiles, groups, turns,
+    words, starts, offsets, values, codebook, grid, slots, slot_values, slot_starts, x, bias, y, M, N, K, tiles, groups, turns,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PAIRS: tl.constexpr, COUNT: tl.constexpr, STRUCTURE: tl.constexpr, VALUES: tl.constexpr,
     ENTRIES: tl.constexpr, GROUPED: tl.constexpr, PER_GROUP: tl.constexpr, SCALED: tl.constexpr, WIDE: tl.constexpr, SHIFTED: tl.constexpr,
-    CONSTANT: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr,
+    CONSTANT: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr, SLOTS: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One block of rows times `BN` tokens over `turns` of the `tiles` K-tiles.
 
     With one split (grid axis 2), y is the result `[N, M]` in its dtype, scaled and with the bias; with more, y is `[splits, N, M] float32` partial sums.
     GROUPED: scales change along K (every PER_GROUP tiles) and are applied to each tile's product, in float32; else each row has one.
+    SLOTS: outliers taken at a time, 0 where there are none.
     """
     NW: tl.constexpr = BM * BK // 32
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -171,6 +173,8 @@ def lscd_matmul(
         a = rebuild(w, s, q, table, t0, t1, t2, t3, shift, BM, BK, PAIRS, STRUCTURE, VALUES, ENTRIES, SHIFTED, BF16, NATIVE)
     if SCALED and not GROUPED:
         acc *= scale_of(scale, WIDE)[:, None]
+    if SLOTS:
+        acc = add_outliers(acc, x, slots, slot_values, slot_starts, tokens, N, K, BM, SLOTS, BF16, NATIVE)
     if BIASED:
         acc += tl.load(bias + rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
     at = y + (split * N + tokens[None, :]) * M + rows[:, None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ import fxpress
 from fxpress.codegen.triton_target import Triton
 from fxpress.codegen.triton_target.cost import Device, device_named, estimates
 from fxpress.codegen.triton_target.layout import Structure, Values
+from fxpress.codegen.triton_target.slots import Outliers
 from fxpress.ir.errors import LowerError
 
 from .weights import DEVICE, kept_of_group, random_mask, random_source
@@ -40,6 +43,14 @@ def test_forms_that_do_not_hold_the_weight_are_not_considered() -> None:
     assert forms(Values.CODE4, full) == {Structure.DENSE, Structure.BITMAP}
     assert forms(Values.HALF, kept_of_group(16, 128, 2, 4)) == {Structure.TWO_OF_FOUR, Structure.BALANCED, Structure.BITMAP}
     assert forms(Values.ROWS, kept_of_group(16, 128, 16, 32)) == {Structure.BALANCED}
+
+
+def test_outliers_cost_bytes_and_instructions() -> None:
+    source = random_source(Values.SHARED, torch.float16, torch.ones(16, 128, dtype=torch.bool))[0]
+    first = torch.arange(16)
+    more = replace(source, outliers=Outliers(row=first, column=first, value=first.half()))
+    plain, added = estimates(source, NARROW)[0], estimates(more, NARROW)[0]
+    assert added.bits == pytest.approx(plain.bits + 48 / 128) and added.instructions > plain.instructions + 2 and added.speedup < plain.speedup
 
 
 def test_bytes_decide_on_one_device_and_instructions_on_the_other() -> None:

@@ -42,6 +42,7 @@ def _program(dtype: torch.dtype = torch.float16) -> Program:
         "quantize_rtn{bits=8,granularity=tensor}",
         "quantize_lut{bits=4,sensitivity=uniform,refine=off}",
         "quantize_lut{bits=3,rows_per_table=none,sensitivity=uniform,refine=off}",
+        "quantize_lut{bits=4,outliers=0.01,sensitivity=uniform,refine=off}",
     ],
 )
 def test_lowered_equals_the_reference(recipe: str, dtype: torch.dtype) -> None:

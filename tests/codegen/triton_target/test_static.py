@@ -12,7 +12,7 @@ import yaml
 
 triton = pytest.importorskip("triton")
 
-from fxpress.codegen.triton_target.sass import LoopCost, main_loop
+from fxpress.codegen.triton_target.sass import LoopCost, matrix_loops
 from fxpress.codegen.triton_target.static import ARCHITECTURES, LIMITS, VARIANTS, StaticRow, static_table
 from fxpress.ir.errors import LowerError
 
@@ -41,7 +41,7 @@ def test_another_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         next(static_table())
 
 
-def test_the_main_loop_is_the_longest_with_a_matrix_instruction() -> None:
+def test_loops_with_a_matrix_instruction_come_in_their_order() -> None:
     code = """
 .L_x_0:
   /*0000*/ MOV R1, R2;
@@ -52,6 +52,6 @@ def test_the_main_loop_is_the_longest_with_a_matrix_instruction() -> None:
   /*0040*/ @!P1 BRA `(.L_x_1);
   /*0050*/ EXIT;
 """
-    assert main_loop(code) == ["LDS R1, [R2]", "HMMA.16816.F32 R0, R1, R2, R0", "@!P1 BRA `(.L_x_1)"]
+    assert matrix_loops(code) == [["LDS R1, [R2]", "HMMA.16816.F32 R0, R1, R2, R0", "@!P1 BRA `(.L_x_1)"]]
     with pytest.raises(LowerError, match="no loop"):
-        main_loop("/*0000*/ EXIT;")
+        matrix_loops("/*0000*/ EXIT;")

@@ -1,0 +1,51 @@
+"""Sums of parts for the Triton kernels: outliers kept apart, in slots, over one part that has kernels of its own (SqueezeLLM's dense and sparse split)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ...ir.formats.composite import Composite
+from ...ir.formats.sparse_outliers import SparseOutliers
+from ..target import No, Support, fast_path
+from .layout import Structure
+from .pack import Source
+from .path import Stored, TritonPath
+from .slots import Outliers
+
+
+class CompositePath(TritonPath):
+    """`sparse_outliers` and one other part, in any order. Its sums are float32, the format's own too; the decoded weight is rounded once more at outliers."""
+
+    def supports(self, stored: Stored) -> Support:
+        """What the other part's path says, and whether the outliers are exact in the compute dtype."""
+        parts = _parts(stored)
+        outliers = [p for p in parts if isinstance(p.format, SparseOutliers)]
+        others = [p for p in parts if not isinstance(p.format, SparseOutliers)]
+        if len(outliers) != 1 or len(others) != 1:
+            return No(f"a sum of {len(outliers)} sparse_outliers and {len(others)} other parts; the kernels take one of each")
+        values = outliers[0].payload["values"]
+        if not bool((values.to(stored.dtype).to(values.dtype) == values).all()):
+            return No(f"{values.dtype} outliers are not exact in {stored.dtype}; store them in the dtype of the model")
+        path = _path(others[0])
+        return path.supports(others[0]) if path is not None else No(f"there is no fast path codegen/triton_target/{others[0].format.name}.py")
+
+    def source(self, stored: Stored) -> tuple[Source, Structure]:
+        """The other part's source, with the outliers along."""
+        first, second = _parts(stored)
+        apart, other = (first, second) if isinstance(first.format, SparseOutliers) else (second, first)
+        path = _path(other)
+        assert path is not None and isinstance(apart.format, SparseOutliers)
+        source, structure = path.source(other)
+        row, column = apart.format.indices(apart.payload, stored.rows, stored.columns)
+        outliers = Outliers(row=row, column=column, value=apart.payload["values"].to(stored.dtype))
+        return replace(source, outliers=outliers), structure
+
+
+def _parts(stored: Stored) -> list[Stored]:
+    assert isinstance(stored.format, Composite)
+    split = stored.format.split(stored.payload, stored.rows, stored.columns, stored.dtype)
+    return [replace(stored, format=fmt, payload=payload) for fmt, payload in split]
+
+
+def _path(stored: Stored) -> TritonPath | None:
+    return fast_path(__package__, stored.format.name, TritonPath)  # type: ignore[type-abstract]
