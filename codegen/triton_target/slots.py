@@ -15,7 +15,7 @@ _ROW_BITS = 24  # where the row within the tile begins in a slot; the column is 
 
 @dataclass(frozen=True, kw_only=True)
 class Outliers:
-    """Values `[C]` of a 16-bit float dtype to be added at `row: [C]`, `column: [C]` int64, each place once."""
+    """Values `[C]` of a 16-bit float dtype to be added at `row: [C]`, `column: [C]` int64; a place may come twice."""
 
     row: Tensor
     column: Tensor
@@ -50,4 +50,5 @@ def add_slots(dense: Tensor, slots: Tensor, slot_values: Tensor, slot_starts: Te
     filled = slots >= 0
     block = torch.repeat_interleave(slot_starts.diff(), output_size=len(slots) // CHUNK).repeat_interleave(CHUNK)
     row = block * tile_rows + (slots >> _ROW_BITS)
-    dense[row[filled], (slots & ((1 << _ROW_BITS) - 1))[filled]] += slot_values.view(dense.dtype)[filled]
+    column = slots & ((1 << _ROW_BITS) - 1)
+    dense.index_put_((row[filled], column[filled].long()), slot_values.view(dense.dtype)[filled], accumulate=True)
