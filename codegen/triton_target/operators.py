@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ...ir.errors import LowerError
 from .layout import TENSORS, Packed, Structure, Tile, Values
-from .schedule import schedule_for
 
 LARGE = 128  # rows of data from which the dense weight is rebuilt
 OLDEST = (8, 0)  # compute capability that has asynchronous copies and bfloat16
@@ -49,6 +48,7 @@ def assemble(layout: str, tensors: Sequence[Tensor]) -> Packed:
 def linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, layout: str, rows: int) -> Tensor:
     """`x: [..., K] -> [..., rows]` with the packed weight; `bias: [rows]` is added in float32."""
     from .launch import NATIVE, decode, matmul
+    from .tuning import tuned_schedule
 
     packed = assemble(layout, weight)
     _check(x, packed, NATIVE)
@@ -57,7 +57,7 @@ def linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, layout: str
         return x.new_empty(*x.shape[:-1], rows)
     if len(flat) > LARGE:
         return F.linear(x, decode(packed), bias)
-    return matmul(packed, flat, bias, schedule_for(packed, len(flat))).reshape(*x.shape[:-1], rows)
+    return matmul(packed, flat, bias, tuned_schedule(packed, len(flat), layout)).reshape(*x.shape[:-1], rows)
 
 
 @linear.register_fake
@@ -72,6 +72,9 @@ def _check(x: Tensor, packed: Packed, native: bool) -> None:
         raise LowerError(f"{where}: expected {packed.dtype} data, got {x.dtype}; the program was lowered for {packed.dtype}")
     if x.device != packed.values.device:
         raise LowerError(f"{where}: data on {x.device} and weight on {packed.values.device}; move both to one device")
+    for name, tensor in zip(TENSORS, packed.tensors, strict=True):
+        if not tensor.is_contiguous():
+            raise LowerError(f"{where}: the stored tensor {name!r} is not contiguous; pass it as lower() made it, or its .contiguous()")
     if native and x.device.type != "cuda":
         raise LowerError(f"{where}: Triton kernels need a CUDA device, got tensors on {x.device}; move program and data to 'cuda', or use lower('reference')")
     if native and (found := torch.cuda.get_device_capability(x.device)) < OLDEST:
