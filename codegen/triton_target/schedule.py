@@ -9,7 +9,7 @@ import torch
 
 from .layout import Packed
 
-TOKEN_TILES = (16, 32, 64)
+TOKEN_TILES = (8, 16, 32, 64)  # 8 serve a batch of one too: a form without tensor cores takes 0.9 to 2.4 more instructions a weight (docs/triton.md)
 WAVES = 2  # programs for every multiprocessor that are wanted in flight
 MOST_SPLITS = 8
 LEAST_TURNS = 4  # tiles along K below which a split only adds partial sums

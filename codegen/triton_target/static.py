@@ -85,9 +85,11 @@ VARIANTS: dict[str, Callable[[], Packed]] = {
     "2:4, 4-bit codes": _packer(Structure.TWO_OF_FOUR, Values.CODE4, keep=2, of=4),
     "4-bit codes, groups of 128": _packer(Structure.DENSE, Values.CODE4, group=128),
     "8-bit codes": _packer(Structure.DENSE, Values.CODE8),
+    "8-bit codes, bfloat16": _packer(Structure.DENSE, Values.CODE8, dtype=torch.bfloat16),
     "4-bit shared table": _packer(Structure.DENSE, Values.SHARED),
     "4-bit shared table, outliers": _with_outlier,
     "4-bit row tables": _packer(Structure.DENSE, Values.ROWS),
+    "4-bit row tables, bfloat16": _packer(Structure.DENSE, Values.ROWS, dtype=torch.bfloat16),
 }
 
 

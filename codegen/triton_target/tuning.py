@@ -42,9 +42,9 @@ def tuned_schedule(packed: Packed, tokens: int, layout: str) -> Schedule:
 
 
 def candidates(packed: Packed, rule: Schedule) -> list[Schedule]:
-    """The rule's schedule and its neighbours: every number of splits that the weight allows, narrower tiles of tokens, then warps and stages one at a time."""
+    """The rule's schedule and its neighbours: every number of splits that the weight allows, the next narrower tile of tokens; then warps and stages."""
     splits = [s for s in SPLITS if s <= packed.tiles]
-    narrow = [t for t in TOKEN_TILES if t <= rule.tokens]
+    narrow = [t for t in TOKEN_TILES if t <= rule.tokens][-2:]
     cuts = [replace(rule, tokens=t, splits=s) for t, s in product(reversed(narrow), splits)]
     depths = [replace(rule, warps=w, stages=g) for w, g in product(WARPS, STAGES)]
     return list(dict.fromkeys([rule, *cuts, *depths]))
