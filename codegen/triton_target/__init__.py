@@ -4,6 +4,7 @@
 `operators` puts it into graphs, `sass` and `static` count what it costs without a GPU. Nothing here imports triton before a kernel is needed.
 """
 
+from .layout import Tile
 from .lowering import Triton
 
-__all__ = ["Triton"]
+__all__ = ["Tile", "Triton"]

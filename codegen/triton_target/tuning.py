@@ -61,7 +61,7 @@ def fastest(tried: Iterable[Schedule], seconds: Callable[[Schedule], float]) -> 
             refused = str(error)
             _log.debug("%s does not fit this GPU: %s", schedule, refused)
     if not taken:
-        raise LowerError(f"no schedule of the kernel fits this GPU: {refused}; lower with a smaller tile, as in Triton(tile=Tile(rows=32, columns=64))")
+        raise LowerError(f"no schedule of the kernel fits this GPU: {refused}; use smaller tiles: Triton(tile=Tile(rows=32)).lower(program)")
     return min(taken, key=lambda s: taken[s])
 
 
