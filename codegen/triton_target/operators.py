@@ -1,7 +1,7 @@
 """`fxpress_triton::linear`: a product with a packed weight as one operator, so that it shows in the graph and survives `torch.compile` and CUDA graphs.
 
 Small batches run the fused kernel. Large ones (more than `LARGE` rows) rebuild the dense weight once and call the library's product: there the tensor cores are
-the limit, not memory.
+the limit, not memory. Gradients reach the data and the bias, so frozen weights can stand inside a model that trains.
 """
 
 from __future__ import annotations
@@ -63,6 +63,34 @@ def linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, layout: str
 @linear.register_fake
 def _(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, layout: str, rows: int) -> Tensor:
     return x.new_empty([*x.shape[:-1], rows])
+
+
+@torch.library.custom_op("fxpress_triton::dense", mutates_args=())
+def dense(weight: Sequence[Tensor], layout: str, rows: int, columns: int) -> Tensor:
+    """The packed weight decoded, `[rows, columns]`."""
+    from .launch import decode
+
+    return decode(assemble(layout, weight))
+
+
+@dense.register_fake
+def _(weight: Sequence[Tensor], layout: str, rows: int, columns: int) -> Tensor:
+    return weight[0].new_empty(rows, columns, dtype=_facts(layout)["dtype"])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.weight, bias, ctx.layout, ctx.rows = inputs
+    ctx.columns, ctx.bias = x.shape[-1], bias if bias is None else bias.dtype
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Of the data and the bias; the packed weight is frozen."""
+    of_x = grad @ dense(ctx.weight, ctx.layout, ctx.rows, ctx.columns) if ctx.needs_input_grad[0] else None
+    of_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias) if ctx.bias is not None and ctx.needs_input_grad[2] else None
+    return of_x, [None] * len(ctx.weight), of_bias, None, None
+
+
+linear.register_autograd(_gradients, setup_context=_keep)
 
 
 def _check(x: Tensor, packed: Packed, native: bool) -> None:

@@ -121,6 +121,22 @@ def test_compiled_programs_keep_the_operator(monkeypatch: pytest.MonkeyPatch) ->
             assert torch.equal(ours, plain)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_reach_data_and_biases(compiled: bool) -> None:
+    result = fxpress.optimize(_program(), ["quantize_rtn{bits=4,kinds=[linear]}"])
+    plain, lowered = result.lower("reference").graph_module.to(DEVICE), Triton().lower(result.program).artifact.to(DEVICE).graph_module
+    torch._dynamo.reset()
+    model = torch.compile(lowered, backend="aot_eager", fullgraph=True) if compiled else lowered
+    found = []
+    for call, module in ((model, lowered), (plain, plain)):
+        bias = next(p for name, p in module.named_parameters() if "up" in name and "bias" in name).requires_grad_()
+        x = torch.randn(2, 3, 96, generator=torch.Generator().manual_seed(0)).half().to(DEVICE).requires_grad_()
+        call(x)[0].square().sum().backward()
+        found.append((x.grad, bias.grad))
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=2e-2, atol=2e-2 * float(exact.abs().max()))
+
+
 @pytest.mark.parametrize("layout", ["transposed", "strided", "shifted"])
 def test_data_of_any_strides_and_alignment(layout: str) -> None:
     """Strided data is copied first; for data that does not begin on 16 bytes Triton compiles a variant without wide loads."""
