@@ -14,6 +14,7 @@ from torch.fx.traceback import NodeSource, NodeSourceAction
 from typing_extensions import Self
 
 from .axes import AxisAnalysis, AxisClass
+from .chain import Chain, Convolution, Product, calls, parameters, with_dtype
 from .errors import EditError
 from .formats.base import WeightFormat
 from .formats.dense import Dense
@@ -21,7 +22,9 @@ from .journal import Action, Change, NodeRecord
 from .nodes import argument, get_tensor, module_path, node_type, op_name
 from .program import Program, Stage
 from .resize import changed_tensors, checked_choice, readers, resize
-from .sites import CONVOLUTIONS, SiteKind, WeightSite, find_sites
+from .shapes import call_fake, fake_mode_of
+from .site_calls import bias_place, compressed_call, plain_call, refreshed, why_no_bias, why_not_compressible
+from .sites import SiteKind, WeightSite, find_sites
 from .weights import alias_classes, delete_tensor, named_tensors, set_tensor
 
 _Namer = Callable[[WeightSite, str], str]
@@ -124,27 +127,58 @@ class Editor:
         with self.program.graph.inserting_before(site.node):
             keys = fmt.payload_spec(site.rows, site.columns, site.dtype)  # a payload read from a file may come in another order
             stored = [self._store(name(site, f"weight_{key}"), payload[key]) for key in keys]
-            target, args = _compressed_call(site, fmt, stored)
+            target, args = compressed_call(site, fmt, stored)
             node = self.program.graph.call_function(target, args)
         node.meta = dict(site.node.meta) | {"fxpress_site": site.name, "fxpress_dtype": site.dtype}
         self.replace(site.node, node)
         self.program.stage = Stage.COMPRESSED
-        self._journal(Action.REPLACED, why, before, record(node, _refreshed(node, site, fmt)), facts)
+        self._journal(Action.REPLACED, why, before, record(node, refreshed(node, site, fmt)), facts)
         return node
 
     def _store(self, name: str, tensor: Tensor) -> fx.Node:
         set_tensor(self._module, name, tensor.detach(), parameter=False)
         return self.program.graph.get_attr(name)
 
+    def factorize(self, site: WeightSite, chain: Chain, why: str, facts: Mapping[str, float] | None = None) -> None:
+        """Replace a plain site by the chain of operators that its weight was factorized into; the factors are sites `<site>.<link>`, parameters of their own.
+
+        The last factor adds the site's bias. Shapes are propagated through the chain; `EditError` when it does not compute what the site's shape was.
+        """
+        if (reason := why_not_compressible(site)) is not None:
+            raise EditError(f"factorize {site}: {reason}")
+        before, old = record(site.node, site), site.node
+        bias = argument(old, {SiteKind.ADDMM: "self"}.get(site.kind, "bias")) if site.kind is not SiteKind.MM else None
+        x = site.data
+        for link, added in calls(with_dtype(chain, site.dtype), bias):
+            with self.program.graph.inserting_before(old):
+                weight = self._factor(site, link) if isinstance(link, (Product, Convolution)) else None
+                x = self.program.graph.call_function(*link.call(x, weight, added))
+            x.meta = {k: v for k, v in old.meta.items() if k not in ("val", "fxpress_site")}
+            x.meta["val"] = call_fake(x)
+            if isinstance(link, (Product, Convolution)):
+                x.meta["fxpress_site"] = f"{site.name}.{link.name}"
+        if node_type(x) != node_type(old):
+            raise EditError(f"factorize {site}: the chain makes {node_type(x)}, expected {node_type(old)}")
+        self.replace(old, x)
+        self._journal(Action.REPLACED, why, before, replace(record(x), parameters=parameters(chain)), facts)
+
+    def _factor(self, site: WeightSite, link: Product | Convolution) -> fx.Node:
+        name = self._name(site, f"{link.name}.weight")
+        set_tensor(self._module, name, link.weight, parameter=True)
+        node = self.program.graph.get_attr(name)
+        with fake_mode_of(site.data):
+            node.meta["val"] = torch.empty(link.weight.shape, dtype=link.weight.dtype, device=site.data.meta["val"].device)
+        return node
+
     def decompress(self, site: WeightSite, why: str) -> fx.Node:
         """Replace a compressed site by the plain operator on its decoded weight."""
         before = record(site.node, site)
         with self.program.graph.inserting_before(site.node):
             weight = self._store(self._own_name(site, "weight"), site.matrix().reshape(site.shape))
-            node = self.program.graph.call_function(*_plain_call(site, weight))
+            node = self.program.graph.call_function(*plain_call(site, weight))
         node.meta = {k: v for k, v in site.node.meta.items() if k != "fxpress_dtype"}
         self.replace(site.node, node)
-        self._journal(Action.REPLACED, why, before, record(node, _refreshed(node, site, Dense())))
+        self._journal(Action.REPLACED, why, before, record(node, refreshed(node, site, Dense())))
         return node
 
     def lower(self, site: WeightSite, target: Any, stored: Mapping[str, Tensor], rest: tuple[Any, ...], why: str) -> fx.Node:
@@ -191,7 +225,7 @@ class Editor:
 
     def set_bias(self, site: WeightSite, bias: Tensor, why: str) -> None:
         """Give a linear, addmm or conv site a bias `[N]`, replacing the stored one it has; sites that share the old bias keep it."""
-        if (reason := _why_no_bias(site, bias)) is not None:
+        if (reason := why_no_bias(site, bias)) is not None:
             raise EditError(f"set_bias at {site}: {reason}")
         before = record(site.node, site)
         if site.bias is not None and self._readers(site.bias) == 1:
@@ -199,7 +233,7 @@ class Editor:
         else:
             with self.program.graph.inserting_before(site.node):
                 stored = self._store(self._own_name(site, "bias"), bias.to(site.dtype))
-            place = _bias_place(site)
+            place = bias_place(site)
             site.node.args = (*site.node.args[:place], stored, *site.node.args[place + 1 :])
         self._journal(Action.REWEIGHTED, why, before, record(site.node, site))
 
@@ -254,94 +288,3 @@ def record_all(program: Program) -> tuple[NodeRecord, ...]:
     """Every node but the weight reads, in graph order."""
     sites = {s.node: s for s in find_sites(program)}
     return tuple(record(n, sites.get(n)) for n in program.graph.nodes if n.op != "get_attr")
-
-
-def why_not_compressible(site: WeightSite) -> str | None:
-    """Reason why the site's node has no fxpress counterpart, or None."""
-    if site.compressed:
-        return f"already holds {site.format.to_spec()}; start from the uncompressed program"
-    if site.kind is SiteKind.ADDMM and (argument(site.node, "alpha"), argument(site.node, "beta")) != (1, 1):
-        return "addmm with alpha or beta other than 1"
-    if site.kind is SiteKind.ADDMM and (site.bias is None or _bias_shape(site) != (site.rows,)):
-        return f"addmm that adds something other than a stored bias [{site.rows}]"
-    if site.kind is SiteKind.EMBEDDING and (argument(site.node, "scale_grad_by_freq") or argument(site.node, "sparse")):
-        return "embedding with training-only options"
-    if isinstance(argument(site.node, "padding"), str) and _explicit_padding(site) is None:
-        return f"padding {argument(site.node, 'padding')!r} that needs different amounts on both sides"
-    return None
-
-
-def conv_geometry(site: WeightSite) -> tuple[list[int], list[int], list[int]]:
-    """Stride, padding and dilation of a conv site, each one int per spatial axis."""
-    count = len(site.shape) - 2
-    padding = _explicit_padding(site)
-    if padding is None:
-        raise EditError(f"{site}: padding {argument(site.node, 'padding')!r} needs different amounts on both sides")
-    return _per_axis(argument(site.node, "stride"), count), padding, _per_axis(argument(site.node, "dilation"), count)
-
-
-def _bias_place(site: WeightSite) -> int:
-    """Position of the bias among the arguments of the site's node."""
-    return 0 if site.kind is SiteKind.ADDMM else 2
-
-
-def _bias_shape(site: WeightSite) -> tuple[int, ...] | None:
-    module = site.node.graph.owning_module
-    return None if site.bias is None or module is None else tuple(get_tensor(module, site.bias).shape)
-
-
-def _why_no_bias(site: WeightSite, bias: Tensor) -> str | None:
-    """Reason why `set_bias` cannot give the site this bias, or None."""
-    if site.kind in (SiteKind.MM, SiteKind.EMBEDDING):
-        return f"{site.kind.value} takes no bias"
-    if tuple(bias.shape) != (site.rows,):
-        return f"expected a bias [{site.rows}], got {list(bias.shape)}"
-    place = _bias_place(site)
-    if site.bias is None and len(site.node.args) > place and site.node.args[place] is not None:
-        return "its bias is computed, not stored"
-    return None
-
-
-def _explicit_padding(site: WeightSite) -> list[int] | None:
-    """Padding as ints per axis, or None when `same` would be asymmetric."""
-    padding, kernel = argument(site.node, "padding"), site.shape[2:]
-    dilation = _per_axis(argument(site.node, "dilation"), len(kernel))
-    if padding == "valid":
-        return [0] * len(kernel)
-    if isinstance(padding, str):
-        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        return None if any(t % 2 for t in total) else [t // 2 for t in total]
-    return _per_axis(padding, len(kernel))
-
-
-def _per_axis(value: Any, count: int) -> list[int]:
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
-    return values * count if len(values) == 1 else values
-
-
-def _compressed_call(site: WeightSite, fmt: WeightFormat, stored: list[fx.Node]) -> tuple[Any, tuple[Any, ...]]:
-    spec, shape = fmt.to_spec(), list(site.shape)
-    if site.kind is SiteKind.EMBEDDING:
-        return torch.ops.fxpress.embedding.default, (site.data, stored, spec, shape, site.dtype)
-    if site.kind in CONVOLUTIONS:
-        return torch.ops.fxpress.conv.default, (site.data, stored, argument(site.node, "bias"), spec, shape, *conv_geometry(site), site.groups)
-    bias = {SiteKind.LINEAR: "bias", SiteKind.ADDMM: "self"}.get(site.kind)
-    return torch.ops.fxpress.linear.default, (site.data, stored, argument(site.node, bias) if bias else None, spec, [site.rows, site.columns])
-
-
-def _plain_call(site: WeightSite, weight: fx.Node) -> tuple[Any, tuple[Any, ...]]:
-    if site.kind is SiteKind.EMBEDDING:
-        return torch.ops.aten.embedding.default, (weight, site.data)
-    bias = argument(site.node, "bias")
-    if site.kind is SiteKind.LINEAR:
-        return torch.ops.aten.linear.default, (site.data, weight, bias)
-    target = torch.ops.aten.conv1d.default if site.kind is SiteKind.CONV1D else torch.ops.aten.conv2d.default
-    geometry = [argument(site.node, name) for name in ("stride", "padding", "dilation", "groups")]
-    return target, (site.data, weight, bias, *geometry)
-
-
-def _refreshed(node: fx.Node, site: WeightSite, fmt: WeightFormat) -> WeightSite:
-    """The site as it stands after `compress`."""
-    shape = (site.rows, site.columns) if site.transposed else site.shape
-    kind = SiteKind.LINEAR if site.transposed else site.kind
-    return replace(site, node=node, kind=kind, shape=shape, format=fmt)

@@ -36,6 +36,25 @@ def propagate(program: Program) -> None:
                 node.meta["val"] = values[node]
 
 
+def fake_mode_of(node: fx.Node) -> FakeTensorMode:
+    """The mode in which the node's fake value lives."""
+    value = node.meta["val"]
+    if not isinstance(value, torch._subclasses.FakeTensor):
+        raise EditError(f"{node.name} has no fake value to propagate from")
+    return value.fake_mode
+
+
+def call_fake(node: fx.Node) -> Any:
+    """The fake value of a new node from those of its inputs."""
+    values = {n: n.meta["val"] for n in node.all_input_nodes if "val" in n.meta}
+    mode = next(v.fake_mode for v in values.values() if isinstance(v, torch._subclasses.FakeTensor))
+    for n in node.all_input_nodes:
+        if n not in values:
+            values[n] = mode.from_tensor(get_tensor(n.graph.owning_module, str(n.target)), static_shapes=True)  # type: ignore[arg-type]
+    with mode, torch.no_grad():
+        return _call(node, values)
+
+
 def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
     try:

@@ -172,6 +172,8 @@ class SitePass(Pass):
     Consecutive site passes with `needs` share one calibration walk (see `stage`).
     """
 
+    makes_sites: ClassVar[bool] = False  # whether its sites become other sites, which a later pass must plan and observe anew
+
     @property
     def site_kinds(self) -> frozenset[SiteKind]:
         """Kinds of sites the pass takes."""

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ..ir.edit import conv_geometry, why_not_compressible
 from ..ir.errors import CalibrationError, CaptureError, FxpressError
 from ..ir.inputs import Inputs, as_inputs
 from ..ir.nodes import get_tensor
 from ..ir.ops import decode_once
 from ..ir.program import Program
+from ..ir.site_calls import conv_geometry, why_not_compressible
 from ..ir.sites import CONVOLUTIONS, SiteKind, WeightSite
 from .base import Need
 from .context import Call

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..ir.chain import from_json
 from ..ir.edit import Editor
 from ..ir.errors import CheckpointError
 from ..ir.formats.base import parse_format
@@ -30,17 +31,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EditRecord:
-    """One site edit: new dense weights (`weight_format` empty, tensor `matrix`) or a payload in `weight_format`."""
+    """One site edit: new dense weights (tensor `matrix`), a payload in `weight_format`, or a `chain` of factors as text (tensors by their names)."""
 
     site: str
     weight_format: str
     why: str
     facts: Mapping[str, float]
     tensors: Mapping[str, Tensor]
+    chain: str = ""
 
     def apply(self, editor: Editor, site: WeightSite) -> None:
         """Redo the edit."""
-        if self.weight_format:
+        if self.chain:
+            editor.factorize(site, from_json(self.chain, self.tensors), self.why, self.facts)
+        elif self.weight_format:
             editor.compress(site, parse_format(self.weight_format), self.tensors, self.why, self.facts)
         else:
             editor.set_matrix(site, self.tensors["matrix"], self.why, self.facts)
@@ -122,7 +126,7 @@ def _name(stage: int, group: int) -> str:
 
 
 def _header(record: GroupRecord) -> dict[str, Any]:
-    edits = [[{"site": e.site, "weight_format": e.weight_format, "why": e.why, "facts": dict(e.facts)} for e in es] for es in record.edits]
+    edits = [[{"site": e.site, "weight_format": e.weight_format, "why": e.why, "facts": dict(e.facts), "chain": e.chain} for e in es] for es in record.edits]
     return {"sites": record.sites, "edits": edits, "results": [[asdict(r) for r in rs] for rs in record.results]}
 
 

@@ -79,11 +79,11 @@ def run_pipeline(program: Program, passes: Sequence[Pass], ctx: Context) -> Outc
 
 
 def _stages(passes: Sequence[Pass]) -> list[tuple[Pass, ...]]:
-    """Neighbouring site passes that watch the same activations share a stage; every other pass is one of its own."""
+    """Neighbouring site passes that watch the same activations share a stage; every other pass is one of its own, and those that make new sites."""
 
     def key(item: tuple[int, Pass]) -> tuple[str, object]:
         index, one = item
-        if isinstance(one, SitePass) and one.needs is not Need.NONE:
+        if isinstance(one, SitePass) and one.needs is not Need.NONE and not one.makes_sites:
             return ("walk", (one.sees_edits, one.guidance))
         return ("alone", index)
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ir.edit import Editor, why_not_compressible
+from ..ir.edit import Editor
 from ..ir.errors import PassError
 from ..ir.formats.affine import Affine, Granularity, ScaleType
 from ..ir.formats.base import WeightFormat
 from ..ir.program import Program
+from ..ir.site_calls import why_not_compressible
 from ..ir.sites import CONVOLUTIONS, SiteKind, WeightSite
 from ..ir.spec import option
 from .base import Decision, SitePass, SiteResult

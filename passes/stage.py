@@ -10,6 +10,7 @@ from operator import or_
 
 from torch import Tensor, fx
 
+from ..ir.chain import Chain, to_json, weighted
 from ..ir.edit import Editor
 from ..ir.formats.base import WeightFormat
 from ..ir.program import Program
@@ -37,6 +38,11 @@ class _RecordingEditor(Editor):
         node = super().compress(site, fmt, payload, why, facts)
         self.edits.append(EditRecord(site.name, fmt.to_spec(), why, dict(facts or {}), dict(payload)))
         return node
+
+    def factorize(self, site: WeightSite, chain: Chain, why: str, facts: Mapping[str, float] | None = None) -> None:
+        super().factorize(site, chain, why, facts)
+        tensors = {link.name: link.weight for link in weighted(chain)}
+        self.edits.append(EditRecord(site.name, "", why, dict(facts or {}), tensors, to_json(chain)))
 
 
 @dataclass(frozen=True)

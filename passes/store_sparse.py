@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..ir.edit import Editor, why_not_compressible
+from ..ir.edit import Editor
 from ..ir.errors import PassError, SpecError
 from ..ir.formats.balanced import Balanced
 from ..ir.formats.base import parse_format
@@ -21,6 +21,7 @@ from ..ir.formats.bitmap import Bitmap
 from ..ir.formats.nm import Nm
 from ..ir.formats.sparse import INNER, Sparse, largest_of_groups
 from ..ir.program import Program
+from ..ir.site_calls import why_not_compressible
 from ..ir.sites import SiteKind, WeightSite
 from ..ir.spec import option
 from .base import Decision, Guarantee, SitePass, SiteResult

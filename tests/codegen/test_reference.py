@@ -11,9 +11,10 @@ from torch import nn
 from fxpress.codegen.reference import Reference
 from fxpress.codegen.target import No, Yes
 from fxpress.ir.capture import capture
-from fxpress.ir.edit import Editor, why_not_compressible
+from fxpress.ir.edit import Editor
 from fxpress.ir.formats.affine import Affine
 from fxpress.ir.program import Program, Stage
+from fxpress.ir.site_calls import why_not_compressible
 from tests.checks import assert_same, compress
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fxpress.ir.capture import capture
-from fxpress.ir.edit import Editor, record_all, why_not_compressible
+from fxpress.ir.edit import Editor, record_all
 from fxpress.ir.errors import EditError, FormatError
 from fxpress.ir.formats.affine import Affine
 from fxpress.ir.formats.base import WeightFormat
@@ -22,6 +22,7 @@ from fxpress.ir.formats.lut import Lut
 from fxpress.ir.journal import Action, Change, Journal
 from fxpress.ir.nodes import get_tensor, op_name
 from fxpress.ir.program import Program, Stage
+from fxpress.ir.site_calls import why_not_compressible
 from fxpress.ir.sites import WeightSite, site_named
 from fxpress.ir.weights import named_tensors
 

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxpress.ir.capture import capture
-from fxpress.ir.edit import Editor, why_not_compressible
+from fxpress.ir.edit import Editor
 from fxpress.ir.errors import EditError
 from fxpress.ir.formats.affine import Affine
 from fxpress.ir.formats.dense import Dense
 from fxpress.ir.journal import Action
 from fxpress.ir.nodes import get_tensor
 from fxpress.ir.program import Program
+from fxpress.ir.site_calls import why_not_compressible
 from fxpress.ir.sites import site_named
 
 from ..checks import assert_same, compress

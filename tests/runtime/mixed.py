@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from fxpress.ir.edit import Editor, why_not_compressible
+from fxpress.ir.edit import Editor
 from fxpress.ir.formats.base import parse_format
 from fxpress.ir.program import Program
+from fxpress.ir.site_calls import why_not_compressible
 
 FORMATS = ("affine{bits=4,group_size=8}", "affine{bits=3,symmetric=true}", "dense{storage=float16}", "affine{bits=8}")
 LANGUAGE = ("llama", "llama_tied", "opt", "gpt2")

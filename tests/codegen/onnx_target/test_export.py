@@ -18,10 +18,11 @@ from fxpress.codegen.onnx_target import OnnxReport, export_onnx
 from fxpress.codegen.onnx_target.export import _check_size
 from fxpress.codegen.onnx_target.extras import require
 from fxpress.ir.capture import capture
-from fxpress.ir.edit import Editor, why_not_compressible
+from fxpress.ir.edit import Editor
 from fxpress.ir.errors import ExportError, LowerError, MissingExtraError
 from fxpress.ir.formats.affine import Affine
 from fxpress.ir.program import Program
+from fxpress.ir.site_calls import why_not_compressible
 from fxpress.ir.sites import SiteKind
 from fxpress.runtime.artifact import load, save
 
