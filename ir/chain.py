@@ -80,10 +80,41 @@ class Swap:
         return aten.transpose.int, (x, self.first, self.second)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pad:
+    """`count` zeros behind the last axis."""
+
+    count: int
+
+    def call(self, x: Any, weight: Any = None, bias: Any = None) -> tuple[Any, tuple[Any, ...]]:
+        """Operator and arguments."""
+        return aten.constant_pad_nd.default, (x, [0, self.count], 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """The first `size` of the last axis."""
+
+    size: int
+
+    def call(self, x: Any, weight: Any = None, bias: Any = None) -> tuple[Any, tuple[Any, ...]]:
+        """Operator and arguments."""
+        return aten.slice.Tensor, (x, -1, 0, self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddBias:
+    """The site's bias is added here, because the last weight does not make the site's channels; left out where there is none."""
+
+    def call(self, x: Any, weight: Any = None, bias: Any = None) -> tuple[Any, tuple[Any, ...]]:
+        """Operator and arguments."""
+        return aten.add.Tensor, (x, bias)
+
+
 Weighted = Product | Convolution
-Link = Weighted | Unflatten | Flatten | Swap
+Link = Weighted | Unflatten | Flatten | Swap | Pad | Cut | AddBias
 Chain = tuple[Link, ...]
-_KINDS: dict[str, type[Any]] = {c.__name__: c for c in (Product, Convolution, Unflatten, Flatten, Swap)}
+_KINDS: dict[str, type[Any]] = {c.__name__: c for c in (Product, Convolution, Unflatten, Flatten, Swap, Pad, Cut, AddBias)}
 
 
 def weighted(chain: Sequence[Link]) -> list[Weighted]:
@@ -97,14 +128,15 @@ def parameters(chain: Sequence[Link]) -> int:
 
 
 def calls(chain: Sequence[Link], bias: Any) -> Iterator[tuple[Link, Any]]:
-    """Every link with the bias it adds: the site's own at the last weight, none before."""
-    last = next(iter(reversed(weighted(chain))), None)
+    """Every link with the bias it adds: the site's own, at `AddBias` or else at the last weight."""
+    adding = next((link for link in chain if isinstance(link, AddBias)), None) or next(iter(reversed(weighted(chain))), None)
     for link in chain:
-        yield link, bias if link is last else None
+        if bias is not None or not isinstance(link, AddBias):
+            yield link, bias if link is adding else None
 
 
 def run(chain: Sequence[Link], x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What the chain computes; `bias: [N]` is added by the last weight, which must make the output's channels as the site's did."""
+    """What the chain computes; `bias: [N]` is added at `AddBias`, or by the last weight."""
     for link, added in calls(chain, bias):
         target, args = link.call(x, getattr(link, "weight", None), added)
         x = target(*args)

@@ -142,7 +142,7 @@ class Editor:
     def factorize(self, site: WeightSite, chain: Chain, why: str, facts: Mapping[str, float] | None = None) -> None:
         """Replace a plain site by the chain of operators that its weight was factorized into; the factors are sites `<site>.<link>`, parameters of their own.
 
-        The last factor adds the site's bias. Shapes are propagated through the chain; `EditError` when it does not compute what the site's shape was.
+        The site's bias is added where the chain says. Shapes are propagated through the chain; `EditError` when it does not compute what the site's shape was.
         """
         if (reason := why_not_compressible(site)) is not None:
             raise EditError(f"factorize {site}: {reason}")

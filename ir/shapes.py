@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .errors import EditError
@@ -24,7 +25,7 @@ def propagate(program: Program) -> None:
     mode, inputs = _inputs(program)
     values: dict[fx.Node, Any] = {}
     waiting = iter(inputs)
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), enable_python_dispatcher():
         for node in program.graph.nodes:
             if node.op == "placeholder":
                 values[node] = next(waiting)
@@ -51,7 +52,7 @@ def call_fake(node: fx.Node) -> Any:
     for n in node.all_input_nodes:
         if n not in values:
             values[n] = mode.from_tensor(get_tensor(n.graph.owning_module, str(n.target)), static_shapes=True)  # type: ignore[arg-type]
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), enable_python_dispatcher():  # without it some operators fix symbolic sizes
         return _call(node, values)
 
 

@@ -1,0 +1,82 @@
+"""Matrix product operators in a graph: equal numbers of weights, the choice of the member, padding, export, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import fxpress
+from fxpress.ir.errors import PassError, SpecError
+from fxpress.passes.base import parse_pass
+from fxpress.passes.factorize_mpo import FactorizeMpo
+from fxpress.passes.factorize_svd import Metric
+from fxpress.passes.pipeline import run_pipeline
+
+from .nets import conv_net, correlated, output_error, tied_net
+
+
+@pytest.mark.parametrize("family", [0, 1, 2, 4])
+def test_every_member_keeps_the_ratio_and_runs(family: int) -> None:
+    program, ctx = conv_net()
+    done = run_pipeline(program, [FactorizeMpo(ratio=0.5, family=family, only=("hidden",), refine=20)], ctx)
+    done.program.verify()
+    facts = done.reports[0].taken[0].facts
+    assert 0.4 < facts["kept"] <= 0.5 and facts["t"] == (family or 16)
+    assert output_error(program, done.program, ctx) < 0.6
+
+
+def test_the_best_member_is_taken_and_reported() -> None:
+    program, ctx = conv_net()
+    facts = run_pipeline(program, [FactorizeMpo(ratio=0.3, only=("hidden",))], ctx).reports[0].taken[0].facts
+    assert facts["output_error"] == min(facts[f"error_t{t}"] for t in (1, 2, 4, 8)) == facts[f"error_t{int(facts['t'])}"]
+
+
+def test_refinement_beats_the_weight_s_own_decomposition() -> None:
+    program, ctx = conv_net()
+    passes = {m: FactorizeMpo(ratio=0.4, family=4, metric=m, only=("hidden",)) for m in (Metric.WEIGHT, Metric.INPUT)}
+    errors = {m: output_error(program, run_pipeline(program, [one], ctx).program, ctx) for m, one in passes.items()}
+    assert errors[Metric.INPUT] < 0.8 * errors[Metric.WEIGHT]
+
+
+def test_a_kronecker_weight_is_recognised() -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(32, 32)).eval()
+    with torch.no_grad():
+        net.get_parameter("0.weight").copy_(sum((torch.kron(torch.randn(8, 4), torch.randn(4, 8)) for _ in range(3)), torch.zeros(32, 32)))
+    x = correlated(64, 32)
+    result = fxpress.optimize(net, ["factorize_mpo{ratio=0.2}"], example_inputs=(x,), calibration=[x])
+    assert result.reports[0].taken[0].facts["t"] == 4
+    assert torch.allclose(result.program.run(x), net(x), atol=1e-4)
+
+
+def test_primes_are_padded_and_exported_without_einsum(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(37, 53), torch.nn.ReLU(), torch.nn.Linear(53, 29, bias=False)).eval()
+    x = correlated(64, 37)
+    recipe, batch = ["factorize_mpo{ratio=0.6,family=4,refine=5}", "quantize_rtn{bits=8}"], {"input": {0: torch.export.Dim.AUTO}}
+    result = fxpress.optimize(net, recipe, example_inputs=(x,), dynamic_shapes=batch, calibration=[x])
+    assert result.program.run(x[:5]).shape == (5, 29)  # padding leaves the batch dynamic
+    assert [s.name for s in result.program.sites()] == ["0.inner", "0.outer", "2.inner", "2.outer"]
+    result.export_onnx(tmp_path / "model.onnx")
+    assert not any(n.op_type == "Einsum" for n in onnx.load(tmp_path / "model.onnx").graph.node)
+    result.save(tmp_path / "out")
+    assert torch.equal(fxpress.load(tmp_path / "out").program.run(x), result.program.run(x))
+
+
+def test_refusals() -> None:
+    program, ctx = tied_net()
+    for spec, why in (
+        ("factorize_mpo{chi=500,only=[up]}", "chi=500 is more than the exact bond 32"),
+        ("factorize_mpo{chi=30,family=4,only=[up]}", "cores of bond 30 hold 2,880 weights, the weight itself 2,048"),
+        ("factorize_mpo{ratio=0.01,only=[up]}", "cores of bond 1 hold 96 weights"),
+    ):
+        with pytest.raises(PassError, match=why):
+            run_pipeline(program, [parse_pass(spec)], ctx)
+    for spec in ("factorize_mpo", "factorize_mpo{ratio=0.5,chi=3}"):
+        with pytest.raises(SpecError, match="ratio or chi"):
+            parse_pass(spec)
+    with pytest.raises(SpecError, match="metric=both is not built"):
+        parse_pass("factorize_mpo{ratio=0.5,metric=both}")
