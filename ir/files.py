@@ -12,9 +12,14 @@ from pathlib import Path
 from .errors import ArtifactError
 
 
+def cache_path() -> Path:
+    """The folder for what can be fetched or measured again: `FXPRESS_CACHE`, default `~/.cache/fxpress`."""
+    return Path(os.environ.get("FXPRESS_CACHE", "~/.cache/fxpress")).expanduser()
+
+
 def cache_dir() -> Path:
-    """The folder for what can be fetched or measured again (`FXPRESS_CACHE`, default `~/.cache/fxpress`), made if missing."""
-    path = Path(os.environ.get("FXPRESS_CACHE", "~/.cache/fxpress")).expanduser()
+    """As `cache_path`, made if missing."""
+    path = cache_path()
     path.mkdir(parents=True, exist_ok=True)
     return path
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from ...ir.errors import ArtifactError, LowerError
-from ...ir.files import atomic_file, cache_dir
+from ...ir.files import atomic_file, cache_path
 from .layout import Packed
 from .schedule import TOKEN_TILES, Schedule, schedule_for
 
 SPLITS, WARPS, STAGES = (1, 2, 4, 8, 16), (4, 8), (2, 3, 4)
+MOST_SPLITS = max(SPLITS)
 _log = logging.getLogger("fxpress")
 
 
@@ -34,10 +35,11 @@ def tuned_schedule(packed: Packed, tokens: int, layout: str) -> Schedule:
     if not packed.values.is_cuda or os.environ.get("FXPRESS_TUNE") == "0":
         return rule
     book = _book(torch.cuda.get_device_name(packed.values.device))
-    key = f"{layout} tokens={-(-tokens // rule.tokens) * rule.tokens}"
+    wide = -(-tokens // rule.tokens) * rule.tokens
+    key = f"{layout} grid={list(packed.grid.shape[1:])} outliers={packed.slots.numel() > 0} tokens={wide}"
     if key not in book and not torch.cuda.is_current_stream_capturing():
-        x = torch.zeros(tokens, packed.columns, dtype=packed.dtype, device=packed.values.device)
-        book.add(key, fastest(candidates(packed, rule), _timer(packed, x)))
+        x = torch.randn(wide, packed.columns, dtype=packed.dtype, device=packed.values.device)
+        book.add(key, fastest(candidates(packed, rule), _timer(packed, x), f"{packed.rows} x {packed.columns}, {layout}"))
     return book.get(key, rule)
 
 
@@ -50,7 +52,7 @@ def candidates(packed: Packed, rule: Schedule) -> list[Schedule]:
     return list(dict.fromkeys([rule, *cuts, *depths]))
 
 
-def fastest(tried: Iterable[Schedule], seconds: Callable[[Schedule], float]) -> Schedule:
+def fastest(tried: Iterable[Schedule], seconds: Callable[[Schedule], float], where: str = "") -> Schedule:
     """The one that takes the least; those that ask for more than the GPU has are passed over. LowerError if all do."""
     taken: dict[Schedule, float] = {}
     refused = ""
@@ -61,7 +63,7 @@ def fastest(tried: Iterable[Schedule], seconds: Callable[[Schedule], float]) -> 
             refused = str(error)
             _log.debug("%s does not fit this GPU: %s", schedule, refused)
     if not taken:
-        raise LowerError(f"no schedule of the kernel fits this GPU: {refused}; use smaller tiles: Triton(tile=Tile(rows=32)).lower(program)")
+        raise LowerError(f"no schedule of the kernel fits this GPU: {refused} ({where}); use smaller tiles: Triton(tile=Tile(rows=32)).lower(program)")
     return min(taken, key=lambda s: taken[s])
 
 
@@ -70,7 +72,7 @@ class Book(dict[str, Schedule]):
 
     def __init__(self, file: Path) -> None:
         super().__init__(_read(file))
-        self.file = file
+        self.file, self._kept = file, True
 
     def add(self, key: str, schedule: Schedule) -> None:
         """Keep one more, together with what other processes have written since."""
@@ -81,22 +83,31 @@ class Book(dict[str, Schedule]):
             with atomic_file(self.file) as scratch:
                 scratch.write_text(json.dumps({k: asdict(s) for k, s in sorted(self.items())}, indent=1), encoding="utf-8")
         except ArtifactError as error:
-            _log.warning("schedules are not kept for the next process: %s", error)
+            _log.log(logging.WARNING if self._kept else logging.DEBUG, "schedules are not kept for the next process: %s", error)
+            self._kept = False
 
 
 def _read(file: Path) -> dict[str, Schedule]:
-    if not file.exists():
-        return {}
     try:
-        return {key: Schedule(**row) for key, row in json.loads(file.read_text(encoding="utf-8")).items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return {key: _checked(Schedule(**row)) for key, row in json.loads(file.read_text(encoding="utf-8")).items()}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         _log.warning("%s cannot be read (%s); schedules are measured again", file, error)
         return {}
 
 
+def _checked(schedule: Schedule) -> Schedule:
+    """A schedule that was read; ValueError for one that no kernel could run."""
+    legal = schedule.tokens in TOKEN_TILES and schedule.splits in range(1, MOST_SPLITS + 1) and schedule.warps in WARPS and schedule.stages in STAGES
+    if not legal:
+        raise ValueError(f"{schedule} is none that is ever chosen")
+    return schedule
+
+
 @cache
 def _book(device: str) -> Book:
-    return Book(cache_dir() / "triton" / f"{device.replace(' ', '_')} triton {triton.__version__}.json")
+    return Book(cache_path() / "triton" / f"{device.replace(' ', '_')} triton {triton.__version__}.json")
 
 
 def _timer(packed: Packed, x: Tensor) -> Callable[[Schedule], float]:

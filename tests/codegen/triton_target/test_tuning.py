@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
+from fxpress.codegen.triton_target import tuning
 from fxpress.codegen.triton_target.layout import Packed, Structure, Tile, Values
 from fxpress.codegen.triton_target.operators import describe
 from fxpress.codegen.triton_target.pack import pack
@@ -62,7 +64,9 @@ def test_the_file_outlives_the_process_and_merges(tmp_path: Path) -> None:
     assert Book(file) == {"a": FAST, "b": SLOW}
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"a": {"splits": 1, "unknown": 2}}', '{"a": 3}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"a": {"splits": 0}}', '{"a": {"tokens": 17, "splits": "x"}}', "[" * 100_000, '{"a": {"splits": 1, "unknown": 2}}', '{"a": 3}']
+)
 def test_a_file_that_cannot_be_read_is_measured_again(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "some GPU.json"
     file.write_text(text)
@@ -86,6 +90,8 @@ class _Cuda:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, capturing: bool = False) -> None:
         self.timed = 0
+        monkeypatch.delenv("FXPRESS_TUNE", raising=False)
+        self.book = tuning._book
         module = "fxpress.codegen.triton_target.tuning."
         monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
         monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "some GPU")
@@ -114,6 +120,24 @@ def test_the_rule_stands_in_where_nothing_is_timed(packed: Packed, tmp_path: Pat
     if reason == "switched off":
         monkeypatch.setenv("FXPRESS_TUNE", "0")
     assert tuned_schedule(packed, 3, describe(packed)) == SLOW and cuda.timed == 0
+
+
+def test_another_kernel_variant_is_another_key(packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = _Cuda(monkeypatch, tmp_path)
+    tuned_schedule(packed, 3, describe(packed))
+    timed = cuda.timed
+    tuned_schedule(replace(packed, slots=torch.zeros(64, dtype=torch.int32)), 3, describe(packed))
+    tuned_schedule(replace(packed, grid=packed.grid[..., :1]), 3, describe(packed))
+    assert cuda.timed == 3 * timed
+
+
+@pytest.mark.parametrize("below", ["", "/below"])
+def test_an_unusable_cache_is_no_error(packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, below: str) -> None:
+    cuda = _Cuda(monkeypatch, tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FXPRESS_CACHE", f"{tmp_path}/file{below}")
+    monkeypatch.setattr("fxpress.codegen.triton_target.tuning._book", cuda.book.__wrapped__)
+    assert tuned_schedule(packed, 3, describe(packed)) == FAST
 
 
 def test_a_weight_on_no_gpu_takes_the_rule(packed: Packed) -> None:
