@@ -97,8 +97,8 @@ def _whitened(matrix: Tensor, modes: Modes, chi: int, gram: Tensor) -> Cores:
     padded = torch.zeros(size, size, dtype=torch.float64)
     padded[:columns, :columns] = gram
     blocks = padded.view(modes.b, modes.d, modes.b, modes.d)
-    left, left_inverse = _roots(torch.einsum("idjd->ij", blocks))
-    right, right_inverse = _roots(torch.einsum("bibj->ij", blocks))
+    left, left_inverse = roots(torch.einsum("idjd->ij", blocks))
+    right, right_inverse = roots(torch.einsum("bibj->ij", blocks))
     wide = torch.nn.functional.pad(matrix.double(), (0, size - columns))
     cores = _svd(wide @ torch.kron(left, right), modes, chi)
     first = torch.einsum("abr,be->aer", cores.first.double(), left_inverse).float()
@@ -106,8 +106,8 @@ def _whitened(matrix: Tensor, modes: Modes, chi: int, gram: Tensor) -> Cores:
     return Cores(first=first, second=second, rows=len(matrix), columns=columns)
 
 
-def _roots(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric root and inverse root of `gram`, eigenvalues raised to 1e-6 of the largest."""
+def roots(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric root and inverse root of `gram: [K, K]`, eigenvalues raised to 1e-6 of the largest."""
     values, vectors = torch.linalg.eigh(gram)
     root = values.clamp_min(max(1e-6 * float(values[-1]), 1e-30)).sqrt()
     return (vectors * root) @ vectors.t(), (vectors / root) @ vectors.t()
