@@ -1,0 +1,144 @@
+"""CP convolutions: a kernel becomes a 1x1 convolution, one-way filters along each axis of the kernel, and a 1x1 convolution back.
+
+Source: Lebedev et al. (arXiv 1412.6553). Terms are kept from growing and cancelling (`cp`); the last factor is fitted to the data of the convolution, which
+is a least-squares problem in closed form and ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ir.chain import Chain, Convolution
+from ..ir.errors import SpecError
+from ..ir.site_calls import conv_geometry
+from ..ir.sites import CONVOLUTIONS, SiteKind, WeightSite
+from ..ir.spec import option
+from .base import Need
+from .calibrate import Statistics, why_not_observable
+from .cp import Canonical, decompose, khatri_rao
+from .factorize_svd import Metric
+from .factorizing import Factorization, empty
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorizeCp(Factorization):
+    """`weight: [F, C, *k]` becomes `reduce: [R, C, 1..]`, a one-way filter of R channels along each axis of the kernel, and `expand: [F, R, 1..]`.
+
+    Give `rank`, or `ratio` (kept share of each kernel's numbers). `metric=input` fits the last factor to calibration data. Grouped and 1x1 kernels are left
+    alone.
+    """
+
+    rank: int | None = option(None, ge=1)
+    ratio: float | None = option(None, gt=0.0, le=1.0)
+    metric: Metric = Metric.INPUT
+    sequential: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.rank is None) == (self.ratio is None):
+            raise SpecError("factorize_cp: give rank or ratio, and not both, for example factorize_cp{rank=32}")
+        if self.metric is Metric.BOTH:
+            raise SpecError("factorize_cp: metric=both is not built for kernels; use input or weight")
+
+    @property
+    def site_kinds(self) -> frozenset[SiteKind]:
+        """Convolutions."""
+        return frozenset(CONVOLUTIONS)
+
+    @property
+    def needs(self) -> Need:
+        """The Gram of the patches, unless only the kernel counts."""
+        return Need.NONE if self.metric is Metric.WEIGHT else Need.GRAM
+
+    @property
+    def sees_edits(self) -> bool:
+        """Sequential runs see earlier sites factorized."""
+        return self.sequential
+
+    def why_not(self, site: WeightSite) -> str | None:
+        """Grouped and 1x1 convolutions besides what every factorization leaves."""
+        if site.groups > 1:
+            return f"it has {site.groups} groups; CP mixes all channels"
+        if not _axes(site):
+            return "a kernel of one position has no axis to filter along"
+        return why_not_observable(site) or super().why_not(site)
+
+    def planned_chain(self, site: WeightSite) -> Chain | str:
+        """The chain of the known rank."""
+        rank = self._rank(site)
+        count = rank * _numbers(site)
+        if rank < 1:
+            return f"ratio={self.ratio} leaves no rank: one term holds {_numbers(site):,} of {site.parameters:,} weights"
+        if count >= site.parameters:
+            return f"rank {rank} holds {count:,} weights, the kernel itself {site.parameters:,}"
+        return _chain(site, [empty(size, rank) for size in _sizes(site)])
+
+    def chain(self, site: WeightSite, matrix: Tensor, statistics: Statistics | None) -> tuple[Chain | str, dict[str, float]]:
+        """The factors, their rank, the relative error, and how large the terms are together beside the kernel (above 1: they cancel in part)."""
+        tensor = matrix.view(_sizes(site)).double()
+        generator = torch.Generator().manual_seed(0)
+        found = decompose(tensor, self._rank(site), generator)
+        gram = None if self.metric is Metric.WEIGHT or statistics is None or statistics.gram is None else statistics.gram[0].double()
+        if gram is not None:
+            found = _fitted(found, matrix.double(), gram)
+        delta = found.tensor().flatten(1) - matrix.double()
+        left, power = (float((x @ gram * x).sum() if gram is not None else x.square().sum()) for x in (delta, matrix.double()))
+        error = (max(left, 0.0) / max(power, 1e-300)) ** 0.5
+        facts = {"rank": float(self._rank(site)), "weight_error" if gram is None else "output_error": error, "terms": found.terms / float(tensor.norm())}
+        return _chain(site, [f.float() for f in found.factors]), facts
+
+    def _rank(self, site: WeightSite) -> int:
+        return self.rank if self.rank is not None else int((self.ratio or 0.0) * site.parameters / _numbers(site))
+
+
+def _fitted(found: Canonical, matrix: Tensor, gram: Tensor) -> Canonical:
+    """The same filters with the first factor `[F, R]` of least squares for what they make of the data; the old one where that is no better."""
+    filters = khatri_rao(found.factors[1:]).t()  # [R, C * positions]
+    inner = filters @ gram @ filters.t()
+    damping = max(1e-7 * float(inner.diagonal().mean()), 1e-30)
+    cross = (matrix @ gram @ filters.t()) + damping * found.factors[0]  # damped towards the old factor
+    first = torch.linalg.solve(inner + damping * torch.eye(len(inner), dtype=inner.dtype), cross.t()).t()
+    return Canonical(factors=(first, *found.factors[1:]))
+
+
+def _axes(site: WeightSite) -> list[int]:
+    """Axes of the weight along which the kernel has more than one position."""
+    return [axis for axis in range(2, len(site.shape)) if site.shape[axis] > 1]
+
+
+def _sizes(site: WeightSite) -> tuple[int, ...]:
+    """Of the modes: outputs, inputs, and each axis of the kernel with more than one position."""
+    return (site.rows, site.shape[1], *(site.shape[axis] for axis in _axes(site)))
+
+
+def _numbers(site: WeightSite) -> int:
+    """Weights of one term."""
+    return sum(_sizes(site))
+
+
+def _chain(site: WeightSite, factors: list[Tensor]) -> Chain:
+    """Factors `[F, R]`, `[C, R]` and one `[k, R]` for each axis; a filter takes stride, padding and dilation of its axis, the first of flat ones too."""
+    stride, padding, dilation = conv_geometry(site)
+    count, rank = len(stride), factors[0].shape[1]
+    ones, zeros = (1,) * count, (0,) * count
+    reduce = Convolution(name="reduce", weight=factors[1].t().reshape(rank, -1, *ones).contiguous(), stride=ones, padding=zeros, dilation=ones)
+    filters = []
+    for number, (axis, factor) in enumerate(zip(_axes(site), factors[2:], strict=True)):
+        mine = [i for i in range(count) if i == axis - 2 or (number == 0 and site.shape[2 + i] == 1)]
+        shape = [len(factor) if i == axis - 2 else 1 for i in range(count)]
+        moved = [tuple(v[i] if i in mine else neutral for i in range(count)) for v, neutral in ((stride, 1), (padding, 0), (dilation, 1))]
+        filters.append(
+            Convolution(
+                name=f"filter{number}",
+                weight=factor.t().reshape(rank, 1, *shape).contiguous(),
+                stride=moved[0],
+                padding=moved[1],
+                dilation=moved[2],
+                groups=rank,
+            )
+        )
+    expand = Convolution(name="expand", weight=factors[0].reshape(-1, rank, *ones), stride=ones, padding=zeros, dilation=ones)
+    return reduce, *filters, expand
