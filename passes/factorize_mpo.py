@@ -12,10 +12,15 @@ import torch
 from torch import Tensor
 
 from ..ir.chain import Chain
+from ..ir.edit import Editor
 from ..ir.errors import SpecError
+from ..ir.formats.tensor_train import TensorTrain
+from ..ir.program import Program
+from ..ir.site_calls import why_not_compressible
 from ..ir.sites import WeightSite
 from ..ir.spec import option
-from .base import Decision, Need
+from ..ir.trains import full_bonds, train_parameters
+from .base import Decision, Need, Plan, SitePass, SiteResult
 from .calibrate import Statistics
 from .context import Context
 from .factorize_svd import Metric
@@ -32,7 +37,8 @@ class FactorizeMpo(Factorization):
     """`weight: [N, K]` becomes cores `[a, b, chi]` and `[chi, c, d]` with N = ac, K = bd (padded with zeros). Give `ratio` (kept share) or `chi`.
 
     `family` fixes b = c (1: a low-rank pair; 0: modes as equal as the sizes allow, as published); left out, 1, 2, 4 and 8 are tried and the least output
-    error wins at equal numbers of weights. `refine` steps of L-BFGS under the Gram; `metric=weight` needs no data and does not refine, as published.
+    error wins at equal numbers of weights. `refine` steps of L-BFGS under the Gram; `metric=weight` needs no data and does not refine, as published. `sites`
+    above 2 are a form of storage (`tensor_train`), rebuilt when the weight is used.
     """
 
     ratio: float | None = option(None, gt=0.0, le=1.0)
@@ -40,6 +46,7 @@ class FactorizeMpo(Factorization):
     family: int | None = option(None, ge=0)
     metric: Metric = Metric.INPUT
     refine: int = option(50, ge=0)
+    sites: int = option(2, ge=2)
     sequential: bool = True
 
     def __post_init__(self) -> None:
@@ -48,6 +55,10 @@ class FactorizeMpo(Factorization):
             raise SpecError("factorize_mpo: give ratio or chi, and not both, for example factorize_mpo{ratio=0.7}")
         if self.metric is Metric.BOTH:
             raise SpecError("factorize_mpo: metric=both is not built for cores; use input, or factorize_svd{metric=both}")
+        if self.sites > 2 and (self.metric is not Metric.WEIGHT or self.family is not None):
+            raise SpecError(
+                f"factorize_mpo: sites={self.sites} stores balanced cores of the weight alone, for example factorize_mpo{{ratio=0.5,sites=3,metric=weight}}"
+            )
 
     @property
     def needs(self) -> Need:
@@ -58,6 +69,49 @@ class FactorizeMpo(Factorization):
     def sees_edits(self) -> bool:
         """Sequential runs see earlier sites factorized."""
         return self.sequential
+
+    def planned_format(self, site: WeightSite) -> TensorTrain | None:
+        """The form of storage of three and more sites."""
+        stored = self._stored(site) if self.sites > 2 else None
+        return stored if isinstance(stored, TensorTrain) else None
+
+    def _stored(self, site: WeightSite) -> TensorTrain | str:
+        outputs, inputs = balanced_modes(site.rows, self.sites), balanced_modes(site.columns, self.sites)
+        exact = full_bonds(outputs, inputs)
+        chi = self.chi or max((c for c in range(1, max(exact) + 1) if train_parameters(outputs, inputs, c) <= (self.ratio or 1.0) * site.parameters), default=0)
+        count = train_parameters(outputs, inputs, max(chi, 1))
+        if chi > max(exact):
+            return f"chi={chi} is more than the exact bond {max(exact)}; use a smaller one"
+        if chi < 1 or count > site.parameters:
+            return f"{self.sites} cores of bond {max(chi, 1)} hold {count:,} weights, the weight itself {site.parameters:,}"
+        return TensorTrain(outputs=outputs, inputs=inputs, bonds=tuple(min(chi, b) for b in exact))
+
+    def why_not(self, site: WeightSite) -> str | None:
+        """As for all factorizations, and cores that are no smaller than the weight."""
+        if self.sites == 2:
+            return super().why_not(site)
+        stored = why_not_compressible(site) or self._stored(site)
+        return stored if isinstance(stored, str) else None
+
+    def rewrite_site(self, editor: Editor, site: WeightSite, decision: Decision, statistics: Statistics | None, ctx: Context) -> SiteResult:
+        """A chain of two products, or stored cores."""
+        fmt = self.planned_format(site)
+        if fmt is None:
+            return super().rewrite_site(editor, site, decision, statistics, ctx)
+        matrix = site.matrix().float()
+        payload = fmt.encode(matrix.to(site.dtype))
+        error = float((fmt.decode(payload, site.rows, site.columns, torch.float32) - matrix).norm() / matrix.norm().clamp_min(1e-30))
+        facts = {"chi": float(max(fmt.bonds)), "kept": sum(t.numel() for t in payload.values()) / site.parameters, "weight_error": error}
+        editor.compress(site, fmt, payload, f"factorize_mpo: {self.sites} cores", facts)
+        after = sum(t.nbytes for t in payload.values())
+        return SiteResult(site=site.name, action=fmt.to_spec(), bytes_before=site.nbytes, bytes_after=after, facts=facts)
+
+    def preview(self, program: Program, plan: Plan, ctx: Context) -> None:
+        """Chains or formats without data."""
+        if self.sites == 2:
+            super().preview(program, plan, ctx)
+        else:
+            SitePass.preview(self, program, plan, ctx)
 
     def planned_chain(self, site: WeightSite) -> Chain | str:
         """Cores of the first member that is tried; all hold about as many weights."""
@@ -70,6 +124,9 @@ class FactorizeMpo(Factorization):
 
     def decide(self, site: WeightSite, ctx: Context) -> Decision:
         """Adds nothing to the plan of every factorization; the estimate counts the refinement."""
+        if (fmt := self.planned_format(site)) is not None:
+            after = fmt.nbytes(site.rows, site.columns, site.dtype)
+            return Decision(site=site.name, action=fmt.to_spec(), bytes_before=site.nbytes, bytes_after=after, flops=20.0 * site.rows * site.parameters)
         plan = super().decide(site, ctx)
         work = 6.0 * self.refine * site.rows * site.columns**2 * (len(FAMILY) - 1 if self.family is None else 1)
         return Decision(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..ir.chain import AddBias, Chain, Cut, Flatten, Link, Pad, Product, Swap, Unflatten
+from ..ir.trains import decompose
 from .spectra import spectrum
-from .tensor_train import decompose
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,6 +66,18 @@ def test_primes_are_padded_and_exported_without_einsum(tmp_path: Path) -> None:
     assert torch.equal(fxpress.load(tmp_path / "out").program.run(x), result.program.run(x))
 
 
+def test_three_sites_are_stored_and_rebuilt(tmp_path: Path) -> None:
+    program, ctx = conv_net()
+    done = run_pipeline(program, [FactorizeMpo(ratio=0.5, sites=3, metric=Metric.WEIGHT, only=("hidden",))], ctx)
+    site = next(s for s in done.program.sites() if s.name == "hidden")
+    assert site.format.name == "tensor_train" and 0.3 < done.reports[0].taken[0].facts["kept"] <= 0.5
+    assert site.nbytes == done.reports[0].taken[0].bytes_after and output_error(program, done.program, ctx) < 1
+    full = run_pipeline(program, [FactorizeMpo(chi=40, sites=3, metric=Metric.WEIGHT, only=("hidden",), allow_empty=True)], ctx)
+    assert "3 cores of bond 40 hold" in next(s.why for s in full.reports[0].skipped if s.site == "hidden")
+    with pytest.raises(SpecError, match="stores balanced cores of the weight alone"):
+        parse_pass("factorize_mpo{ratio=0.5,sites=3}")
+
+
 def test_refusals() -> None:
     program, ctx = tied_net()
     for spec, why in (

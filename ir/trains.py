@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorTrain:
+class Train:
     """`cores`, each `[r_(k-1), o_k, i_k, r_k]`, of a matrix `[prod o, prod i]` whose leading `rows x columns` count; `discarded`: squared error by bond."""
 
     cores: tuple[Tensor, ...]
@@ -57,8 +57,8 @@ def train_parameters(outputs: Sequence[int], inputs: Sequence[int], chi: int) ->
     return sum(a * o * i * b for a, o, i, b in zip(bonds[:-1], outputs, inputs, bonds[1:], strict=True))
 
 
-def decompose(matrix: Tensor, outputs: Sequence[int], inputs: Sequence[int], chi: int | None = None, tolerance: float = 0.0) -> TensorTrain:
-    """Cores of `matrix: [N, K]` (zeros fill it up to the modes) in float64, bonds at most `chi`.
+def decompose(matrix: Tensor, outputs: Sequence[int], inputs: Sequence[int], chi: int | Sequence[int] | None = None, tolerance: float = 0.0) -> Train:
+    """Cores of `matrix: [N, K]` (zeros fill it up to the modes) in float64, bonds at most `chi`, or exactly those of a sequence.
 
     `tolerance` drops tails whose squares sum to at most `tolerance^2 |W|^2 / (n - 1)` at every bond, so that the whole relative error stays below it.
     """
@@ -73,12 +73,12 @@ def decompose(matrix: Tensor, outputs: Sequence[int], inputs: Sequence[int], chi
     for o, i in list(zip(outputs, inputs, strict=True))[:-1]:
         bond = rest.shape[0]
         u, s, v = torch.linalg.svd(rest.reshape(bond * o * i, -1), full_matrices=False)
-        keep = min(chi or len(s), _rank(s, allowed))
+        keep = chi[len(cores)] if isinstance(chi, Sequence) else min(chi or len(s), _rank(s, allowed))
         cores.append(u[:, :keep].reshape(bond, o, i, keep))
         discarded.append(float(s[keep:].square().sum()))
         rest = s[:keep].unsqueeze(1) * v[:keep]
     cores.append(rest.reshape(rest.shape[0], outputs[-1], inputs[-1], 1))
-    return TensorTrain(cores=tuple(cores), rows=rows, columns=columns, discarded=tuple(discarded))
+    return Train(cores=tuple(cores), rows=rows, columns=columns, discarded=tuple(discarded))
 
 
 def _rank(values: Tensor, allowed: float) -> int:

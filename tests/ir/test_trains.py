@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fxpress.ir.trains import contract, decompose, full_bonds, train_parameters
 from fxpress.passes.modes import balanced_modes
-from fxpress.passes.tensor_train import contract, decompose, full_bonds, train_parameters
 
 SIX = (6, 6, 6)
 
