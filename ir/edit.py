@@ -266,6 +266,20 @@ class Editor:
         graph.lint()
         self._module.recompile()
 
+    def stored(self, name: str, tensor: Tensor, like: fx.Node) -> fx.Node:
+        """A read of a new buffer `name` at the graph's insertion point; `like` is a node with a value, for its device. A buffer of that name is read again."""
+        known = dict(named_tensors(self._module))
+        if name not in known:
+            set_tensor(self._module, name, tensor.to(like.meta["val"].device), parameter=False)
+        node = self.program.graph.get_attr(name)
+        with fake_mode_of(like):
+            node.meta["val"] = torch.empty(tensor.shape, dtype=tensor.dtype, device=like.meta["val"].device)
+        return node
+
+    def added(self, after: NodeRecord, why: str) -> None:
+        """Journal a node that came in."""
+        self._journal(Action.ADDED, why, None, after)
+
     def _journal(self, action: Action, why: str, before: NodeRecord | None, after: NodeRecord | None, facts: Mapping[str, float] | None = None) -> None:
         self.program.journal.add(Change(pass_spec=self.pass_spec, action=action, why=why, before=before, after=after, facts=dict(facts or {})))
 
