@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export.graph_signature import InputKind
 
 from .errors import EditError
 from .nodes import get_tensor, op_name
@@ -70,7 +71,7 @@ def _inputs(program: Program) -> tuple[FakeTensorMode, list[Any]]:
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     if any("val" not in n.meta for n in placeholders):
         exported = program.to_exported()
-        names = set(exported.graph_signature.user_inputs)
+        names = {spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT}  # constants too
         placeholders = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name in names]
     values = [n.meta.get("val") for n in placeholders]
     mode = next((v.fake_mode for v in values if isinstance(v, torch._subclasses.FakeTensor)), None)
