@@ -46,6 +46,7 @@ class Need(Flag):
     GRAM = auto()  # [K, K]
     GUIDED = auto()  # [P, K, K] a site: the Gram of rows weighted by squared output gradients
     FISHER = auto()  # [N, K] a site: squared gradients of the weight
+    INPUTS = auto()  # the site's data itself, as the walk holds it
 
 
 @dataclass(frozen=True)

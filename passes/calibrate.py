@@ -63,7 +63,8 @@ class Statistics:
     """Statistics of one data node over `tokens` rows (tokens, or conv patches). G is the number of conv groups, else 1.
 
     `mean`, `mean_square`, `abs_max`: `[G, K] f32`; `gram`: `[G, K, K] f32`, the mean of x x^T. Only what was asked for is set. By the name of the site:
-    `guided: [P, K, K] f32`, the mean of s x x^T for every part of the outputs, and `fisher: [N, K] f32` (see `sensitivities`).
+    `guided: [P, K, K] f32`, the mean of s x x^T for every part of the outputs, and `fisher: [N, K] f32` (see `sensitivities`). `inputs`: the node's values,
+    one a batch, shared with the walk.
     """
 
     tokens: int = 0
@@ -73,6 +74,7 @@ class Statistics:
     gram: Tensor | None = None
     guided: dict[str, Tensor] = field(default_factory=dict)
     fisher: dict[str, Tensor] = field(default_factory=dict)
+    inputs: tuple[Tensor, ...] = ()
     shared: dict[str, Any] = field(default_factory=dict)  # what a pass derived once for all sites with this input
 
     def add(self, rows: Tensor, needs: Need) -> None:
@@ -161,7 +163,9 @@ class CalibrationWalk:
         """As `statistics`, of `count` consecutive parts of every batch's rows, so that what is fitted on one can be judged on another."""
         self.run_before(sites[0].node)
         found = [Statistics() for _ in range(count)]
-        for values in self._values:
+        if Need.INPUTS in needs:
+            found[0].inputs = tuple(values[sites[0].data] for values in self._values)
+        for values in self._values if needs & ~Need.INPUTS else ():
             for rows in site_rows(sites[0], values[sites[0].data]):
                 for statistics, part in zip(found, rows.tensor_split(count, dim=1), strict=True):
                     statistics.add(part, needs)
@@ -192,6 +196,10 @@ class CalibrationWalk:
             while self._next is not node and self._next.op != "output":
                 self._step(self._next)
                 self._next = self._next.next
+
+    def values(self, node: fx.Node) -> list[Any]:
+        """What `node` gave in every call; it has run, and something after the walk's place still reads it."""
+        return [values[node] for values in self._values]
 
     def realign(self, previous: fx.Node) -> None:
         """After an edit: when the node the walk stands before is gone, go on after `previous`, the last node left before it."""

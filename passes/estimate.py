@@ -71,7 +71,9 @@ def dry_run(program: Program, passes: Sequence[Pass], ctx: Context) -> DryRun:
             memory += 4 * _planned_parameters(program, planned.plan)
         if needs is not Need.NONE:
             flops += _walk_flops(program, planned.plan, ctx, needs)
-            memory += live_bytes(program, ctx) + 4 * max((s.columns**2 for s in program.sites() if s.kind is not SiteKind.EMBEDDING), default=0)
+            memory += live_bytes(program, ctx)
+        if needs & ~Need.INPUTS:
+            memory += 4 * max((s.columns**2 for s in program.sites() if s.kind is not SiteKind.EMBEDDING), default=0)
         estimates.append(
             PassEstimate(plan=planned.plan, bytes_before=planned.bytes_before, bytes_after=planned.bytes_after, seconds=flops / rate, peak_bytes=int(memory))
         )
