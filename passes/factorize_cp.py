@@ -1,12 +1,13 @@
 """CP convolutions: a kernel becomes a 1x1 convolution, one-way filters along each axis of the kernel, and a 1x1 convolution back.
 
-Source: Lebedev et al. (arXiv 1412.6553). Terms are kept from growing and cancelling (`cp`); the last factor is fitted to the data of the convolution, which
-is a least-squares problem in closed form and ours.
+Source: Lebedev et al. (arXiv 1412.6553). Terms are kept from growing and cancelling (`cp`). Finding them under the Grams of channels and positions and fitting
+the last factor to the data of the convolution, a least-squares problem in closed form, are ours.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,22 +19,26 @@ from ..ir.sites import CONVOLUTIONS, SiteKind, WeightSite
 from ..ir.spec import option
 from .base import Need
 from .calibrate import Statistics, why_not_observable
-from .cp import Canonical, decompose, khatri_rao
+from .conv_data import ConvData
+from .cp import STARTS, SWEEPS, Canonical, decompose, khatri_rao
 from .factorize_svd import Metric
 from .factorizing import Factorization, empty
+from .kronecker_sum import roots
 
 
 @dataclass(frozen=True, kw_only=True)
 class FactorizeCp(Factorization):
     """`weight: [F, C, *k]` becomes `reduce: [R, C, 1..]`, a one-way filter of R channels along each axis of the kernel, and `expand: [F, R, 1..]`.
 
-    Give `rank`, or `ratio` (kept share of each kernel's numbers). `metric=input` fits the last factor to calibration data. Grouped and 1x1 kernels are left
-    alone.
+    Give `rank`, or `ratio` (kept share of each kernel's numbers). `metric=input` fits the terms to calibration data. The best of `starts` is
+    kept, each of at most `sweeps`; large kernels get one. Grouped and 1x1 kernels are left alone.
     """
 
     rank: int | None = option(None, ge=1)
     ratio: float | None = option(None, gt=0.0, le=1.0)
     metric: Metric = Metric.INPUT
+    starts: int = option(STARTS, ge=1)
+    sweeps: int = option(SWEEPS, ge=1)
     sequential: bool = True
 
     def __post_init__(self) -> None:
@@ -50,8 +55,8 @@ class FactorizeCp(Factorization):
 
     @property
     def needs(self) -> Need:
-        """The Gram of the patches, unless only the kernel counts."""
-        return Need.NONE if self.metric is Metric.WEIGHT else Need.GRAM
+        """The data of the convolution, unless only the kernel counts."""
+        return Need.NONE if self.metric is Metric.WEIGHT else Need.INPUTS
 
     @property
     def sees_edits(self) -> bool:
@@ -79,16 +84,28 @@ class FactorizeCp(Factorization):
     def chain(self, site: WeightSite, matrix: Tensor, statistics: Statistics | None) -> tuple[Chain | str, dict[str, float]]:
         """The factors, their rank, the relative error, and how large the terms are together beside the kernel (above 1: they cancel in part)."""
         tensor = matrix.view(_sizes(site)).double()
-        generator = torch.Generator().manual_seed(0)
-        found = decompose(tensor, self._rank(site), generator)
+        data = ConvData(site, statistics.inputs) if self.metric is Metric.INPUT and statistics is not None and statistics.inputs else None
+        found = self._terms(tensor, self._rank(site), data)
+        facts = {"rank": float(self._rank(site)), "terms": found.terms / float(tensor.norm())}
+        if data is not None:
+            fitted, error = data.fitted(_chain(site, [f.float() for f in found.factors]), matrix)
+            return fitted, facts | {"output_error": error}
         gram = None if self.metric is Metric.WEIGHT or statistics is None or statistics.gram is None else statistics.gram[0].double()
         if gram is not None:
             found = _fitted(found, matrix.double(), gram)
         delta = found.tensor().flatten(1) - matrix.double()
         left, power = (float((x @ gram * x).sum() if gram is not None else x.square().sum()) for x in (delta, matrix.double()))
-        error = (max(left, 0.0) / max(power, 1e-300)) ** 0.5
-        facts = {"rank": float(self._rank(site)), "weight_error" if gram is None else "output_error": error, "terms": found.terms / float(tensor.norm())}
+        facts["weight_error" if gram is None else "output_error"] = (max(left, 0.0) / max(power, 1e-300)) ** 0.5
         return _chain(site, [f.float() for f in found.factors]), facts
+
+    def _terms(self, tensor: Tensor, rank: int, data: ConvData | None) -> Canonical:
+        """Of the kernel `[F, C, *k]`, found under the Grams of its channels and positions where there are data and one axis."""
+        made = partial(decompose, rank=rank, generator=torch.Generator().manual_seed(0), starts=self.starts, sweeps=self.sweeps)
+        if data is None or tensor.dim() != 3:
+            return made(tensor)
+        (root, inverse), (other, back) = roots(data.channels()), roots(data.positions())
+        first, second, third = made(torch.einsum("fcp,cd->fdp", tensor, root) @ other).factors
+        return Canonical(factors=(first, inverse @ second, back @ third))
 
     def _rank(self, site: WeightSite) -> int:
         return self.rank if self.rank is not None else int((self.ratio or 0.0) * site.parameters / _numbers(site))

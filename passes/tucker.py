@@ -36,14 +36,14 @@ class Tucker2:
 def hooi(kernel: Tensor, rank_in: int, rank_out: int) -> tuple[Tensor, Tensor]:
     """Orthonormal `[C, Rc]` and `[F, Rf]` of a kernel `[F, C, P]`: HOSVD, then alternating sweeps that never raise the error. float64."""
     k = kernel.double()
-    inputs, outputs = _leading(k.transpose(0, 1), rank_in), _leading(k, rank_out)
+    inputs, outputs = leading(k.transpose(0, 1), rank_in), leading(k, rank_out)
     for _ in range(SWEEPS):
-        inputs = _leading(torch.einsum("fcp,fr->crp", k, outputs), rank_in)
-        outputs = _leading(torch.einsum("fcp,cr->frp", k, inputs), rank_out)
+        inputs = leading(torch.einsum("fcp,fr->crp", k, outputs), rank_in)
+        outputs = leading(torch.einsum("fcp,cr->frp", k, inputs), rank_out)
     return inputs, outputs
 
 
-def _leading(tensor: Tensor, rank: int) -> Tensor:
+def leading(tensor: Tensor, rank: int) -> Tensor:
     """Leading left singular vectors of the unfolding along the first axis."""
     flat = tensor.reshape(len(tensor), -1)
     return torch.linalg.eigh(flat @ flat.t())[1].flip(1)[:, :rank]

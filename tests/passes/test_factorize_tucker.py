@@ -12,7 +12,7 @@ import fxpress
 from fxpress.ir.errors import PassError, SpecError
 from fxpress.passes.base import parse_pass
 from fxpress.passes.factorize_svd import Metric
-from fxpress.passes.factorize_tucker import FactorizeTucker
+from fxpress.passes.factorize_tucker import FactorizeTucker, Form
 
 from .nets import correlated
 
@@ -77,7 +77,92 @@ def test_noisy_kernels_have_as_many_ranks_as_components() -> None:
     assert (facts["rank_in"], facts["rank_out"]) == (4, 4)
 
 
+def test_ranks_by_error_lose_less_within_the_same_ratio() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(24, 24, 3)).eval(), correlated(2, 24, 6, 6)
+    with torch.no_grad():  # few inputs matter, all outputs do
+        net.get_parameter("0.weight").mul_(torch.logspace(0, -3, 24).view(1, -1, 1, 1))
+    errors = {}
+    for ranks in ("equal", "error"):
+        spec = f"factorize_tucker{{ratio=0.3,ranks={ranks},metric=weight}}"
+        facts = fxpress.optimize(net, [spec], example_inputs=(x,)).reports[0].taken[0].facts
+        assert facts["kept"] <= 0.3
+        errors[ranks] = facts["weight_error"]
+    assert errors["error"] < 0.5 * errors["equal"] and facts["rank_in"] < facts["rank_out"]
+
+
+TAPS = [
+    (nn.Conv2d(8, 16, (9, 1), stride=(2, 1), padding=(3, 0), dilation=(2, 1)), (30, 1), ((2, 1, 9, 1), (16, 2, 1, 3))),
+    (nn.Conv2d(8, 16, (1, 9), padding=(0, 4)), (1, 30), ((2, 1, 1, 9), (16, 2, 3, 1))),
+    (nn.Conv1d(8, 16, 9, stride=2, padding="valid"), (30,), ((2, 1, 9, 1), (16, 2, 1, 3))),
+]
+
+
+@pytest.mark.parametrize(("conv", "places", "shapes"), TAPS)
+def test_taps_that_a_kernel_has_are_found_with_its_geometry(conv: nn.Module, places: tuple[int, ...], shapes: tuple[tuple[int, ...], ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mix, reduce, taps = (torch.randn(*s, generator=generator) for s in ((16, 2, 3), (3, 8), (2, 9)))
+    with torch.no_grad():
+        conv.get_parameter("weight").copy_(torch.einsum("fjr,rc,jp->fcp", mix, reduce, taps).view(conv.get_parameter("weight").shape))
+    net, x = nn.Sequential(conv).eval(), correlated(6, 8, *places)
+    for metric in ("input", "weight"):
+        spec = f"factorize_tucker{{tolerance=0.001,form=taps,metric={metric}}}"
+        result = fxpress.optimize(net, [spec], example_inputs=(x,), calibration=[x], dynamic_shapes=({0: torch.export.Dim("batch")},))
+        result.program.verify()
+        sites = result.program.sites()
+        assert [s.name for s in sites] == ["0.reduce", "0.taps", "0.mix"] and sites[-1].bias == "0.bias"
+        assert tuple(tuple(s.shape) for s in sites[1:]) == shapes
+        assert torch.allclose(result.program.run(x[:2]), net(x[:2]), atol=5e-3)
+
+
+def test_taps_keep_the_ratio_and_data_helps(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(8, 24, (9, 1), padding=(4, 0))).eval(), correlated(6, 8, 40, 1)
+    errors = {}
+    for metric in (Metric.WEIGHT, Metric.INPUT):
+        result = fxpress.optimize(net, [FactorizeTucker(ratio=0.5, form=Form.TAPS, metric=metric)], example_inputs=(x,), calibration=[x])
+        facts = result.reports[0].taken[0].facts
+        errors[metric] = float(((result.program.run(x) - net(x)).norm() / net(x).norm()).detach())
+        assert 8 * facts["channels"] * (facts["channels"] < 8) + facts["channels"] * facts["taps"] * (24 + 9) <= 0.5 * 24 * 8 * 9
+    assert errors[Metric.INPUT] < 0.8 * errors[Metric.WEIGHT]
+    result.export_onnx(tmp_path / "model.onnx")
+
+
+def test_factors_that_keep_all_channels_are_left_out() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv1d(1, 16, 9)).eval(), torch.randn(6, 1, 40)
+    for spec, names in (
+        ("ratio=0.5", ["0.core", "0.expand"]),
+        ("ratio=0.8,multiple=4,metric=weight", ["0.core", "0.expand"]),
+        ("ratio=0.5,form=taps", ["0.taps", "0.mix"]),
+    ):
+        result = fxpress.optimize(net, [f"factorize_tucker{{{spec}}}"], example_inputs=(x,), calibration=[x])
+        assert [s.name for s in result.program.sites()] == names
+        assert sum(s.parameters for s in result.program.sites()) <= 0.8 * 16 * 9
+
+
+def test_long_kernels_do_without_the_gram_of_their_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(8, 24, 3, padding=1)).eval(), _x()
+    errors = {}
+    for whole in (2048, 1):
+        monkeypatch.setattr("fxpress.passes.factorize_tucker.WHOLE", whole)
+        errors[whole] = fxpress.optimize(net, ["factorize_tucker{ratio=0.3}"], example_inputs=(x,), calibration=[x]).reports[0].taken[0].facts["output_error"]
+    plain = fxpress.optimize(net, ["factorize_tucker{ratio=0.3,metric=weight}"], example_inputs=(x,))
+    assert errors[2048] <= errors[1] < 0.8 * float(((plain.program.run(x) - net(x)).norm() / net(x).norm()).detach())
+
+
 def test_refusals() -> None:
+    for conv, x, why in (
+        (nn.Conv2d(8, 8, 3), _x(), "long along two axes"),
+        (nn.Conv2d(8, 8, (3, 1)), _x(), "has 14 places along"),
+        (nn.Conv1d(8, 8, 3), torch.randn(2, 8, 9), "leaves no channels and taps"),
+    ):
+        skipped = fxpress.optimize(nn.Sequential(conv), ["factorize_tucker{ratio=0.02,form=taps,allow_empty=true}"], example_inputs=(x,), calibration=[x])
+        assert why in skipped.reports[0].skipped[0].why
+    with pytest.raises(SpecError, match="give ratio or tolerance"):
+        parse_pass("factorize_tucker{evbmf=true,form=taps}")
     with pytest.raises(PassError, match=r"ratio=0.01 leaves no ranks"):
         fxpress.optimize(_net(), ["factorize_tucker{ratio=0.01,multiple=4}"], example_inputs=(_x(),), calibration=[_x()])
     for spec in ("factorize_tucker", "factorize_tucker{ratio=0.5,evbmf=true}"):
