@@ -29,6 +29,11 @@ class Train:
         """Numbers in the cores."""
         return sum(c.numel() for c in self.cores)
 
+    @property
+    def bonds(self) -> tuple[int, ...]:
+        """Bond dimensions between the cores."""
+        return tuple(c.shape[-1] for c in self.cores[:-1])
+
     def matrix(self) -> Tensor:
         """The matrix that the cores stand for."""
         return contract(self.cores)[: self.rows, : self.columns]

@@ -1,15 +1,17 @@
 """Matrix product operators of two sites (CompactifAI): a weight becomes a sum of Kronecker products, of the member of a family that suits it.
 
 Source: CompactifAI (arXiv 2401.14109), which decomposes weights alone into balanced sites. Data-weighted refinement, the family from low-rank pairs (t = 1) to
-balanced sites at equal numbers of weights, and the choice among its members by output error are ours (`kronecker_sum`).
+balanced sites at equal numbers of weights, and the choice among its members by output error are ours (`kronecker_fit`, `kronecker_race`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ..ir.chain import Chain
 from ..ir.edit import Editor
@@ -19,46 +21,58 @@ from ..ir.program import Program
 from ..ir.site_calls import why_not_compressible
 from ..ir.sites import WeightSite
 from ..ir.spec import option
-from ..ir.trains import full_bonds, train_parameters
 from .base import Decision, Need, Plan, SitePass, SiteResult
+from .budgeted import Budgeted
 from .calibrate import Statistics
 from .context import Context
+from .contraction_order import Order, faster_first
+from .estimate import node_size
 from .factorize_svd import Metric
-from .factorizing import Factorization
-from .kronecker_sum import Cores, Modes, as_chain, family, fit
+from .kronecker_fit import rearranged, whitened_energy
+from .kronecker_race import Winner, best_member, shared_whitening, smallest_bond
+from .kronecker_sum import Cores, Modes, as_chain, family
 from .modes import balanced_modes
+from .spectra import spectrum
+from .stored_trains import store, stored_train
 
 FAMILY = (1, 2, 4, 8)
 BALANCED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactorizeMpo(Factorization):
-    """`weight: [N, K]` becomes cores `[a, b, chi]` and `[chi, c, d]` with N = ac, K = bd (padded with zeros). Give `ratio` (kept share) or `chi`.
+class FactorizeMpo(Budgeted):
+    """`weight: [N, K]` becomes cores `[a, b, chi]` and `[chi, c, d]` with N = ac, K = bd (padded with zeros).
+
+    Give one of `ratio` (kept share), `chi`, `tolerance` (relative output error; the smallest chi that meets it) or `budget` (kept share of all chosen weights
+    together; see `rank_budget`).
 
     `family` fixes b = c (1: a low-rank pair; 0: modes as equal as the sizes allow, as published); left out, 1, 2, 4 and 8 are tried and the least output
-    error wins at equal numbers of weights. `refine` steps of L-BFGS under the Gram; `metric=weight` needs no data and does not refine, as published. `sites`
-    above 2 are a form of storage (`tensor_train`), rebuilt when the weight is used.
+    error wins at equal numbers of weights. `refine`: rounds of least squares under the Gram, at most; `metric=weight` needs no data and does not refine, as
+    published. `sites` above 2 are a form of storage (`tensor_train`), rebuilt when the weight is used. `order`: which core comes first.
     """
 
     ratio: float | None = option(None, gt=0.0, le=1.0)
     chi: int | None = option(None, ge=1)
+    tolerance: float | None = option(None, gt=0.0, lt=1.0)
     family: int | None = option(None, ge=0)
     metric: Metric = Metric.INPUT
-    refine: int = option(50, ge=0)
+    refine: int = option(10, ge=0)
     sites: int = option(2, ge=2)
+    order: Order = Order.ARITHMETIC
     sequential: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.ratio is None) == (self.chi is None):
-            raise SpecError("factorize_mpo: give ratio or chi, and not both, for example factorize_mpo{ratio=0.7}")
+        if sum(v is not None for v in (self.ratio, self.chi, self.tolerance, self.budget)) != 1:
+            raise SpecError("factorize_mpo: give exactly one of ratio, chi, tolerance and budget, for example factorize_mpo{ratio=0.7}")
         if self.metric is Metric.BOTH:
             raise SpecError("factorize_mpo: metric=both is not built for cores; use input, or factorize_svd{metric=both}")
-        if self.sites > 2 and (self.metric is not Metric.WEIGHT or self.family is not None):
+        if self.sites > 2 and (self.metric is not Metric.WEIGHT or self.family is not None or self.budget is not None):
             raise SpecError(
-                f"factorize_mpo: sites={self.sites} stores balanced cores of the weight alone, for example factorize_mpo{{ratio=0.5,sites=3,metric=weight}}"
+                f"factorize_mpo: sites={self.sites} stores balanced cores of the weight alone, of a ratio, chi or tolerance at each site, "
+                "for example factorize_mpo{ratio=0.5,sites=3,metric=weight}"
             )
+        self.refuse_unweighable(self.metric is Metric.WEIGHT)
 
     @property
     def needs(self) -> Need:
@@ -70,41 +84,53 @@ class FactorizeMpo(Factorization):
         """Sequential runs see earlier sites factorized."""
         return self.sequential
 
+    def at_rank(self, rank: int) -> Self:
+        """Cores of one bond."""
+        return replace(self, budget=None, chi=rank)
+
+    def unit(self, site: WeightSite) -> int:
+        """Numbers in both cores for one value of the bond."""
+        return self._tried(site)[0].parameters(1)
+
+    @property
+    def least(self) -> int:
+        """Any bond will do."""
+        return 1
+
+    @property
+    def spectral(self) -> str:
+        """Metric and member."""
+        return f"{self.metric.value}-{self.family}"
+
+    def gains(self, site: WeightSite, matrix: Tensor, statistics: Statistics | None, sensitivity: Tensor | None) -> Tensor:
+        """Of low-rank pairs and of weights alone the spectrum; of other members that under the nearest Kronecker product, as refined ones have none."""
+        modes = self._tried(site)[0]
+        if statistics is None or statistics.gram is None:
+            return spectrum(rearranged(matrix, modes)).energy
+        gram = statistics.gram[0]
+        if modes.b == modes.c == 1:
+            return spectrum(matrix, gram).weighted_energy(sensitivity)
+        power = ((matrix @ gram) * matrix).sum(1).double().clamp_min(0.0)
+        energy = whitened_energy(matrix, modes, shared_whitening(gram, modes, statistics.shared))
+        weights = sensitivity.double() if sensitivity is not None else torch.ones(len(power), dtype=torch.float64)
+        return energy * (float((power * weights).sum()) / max(float(energy.sum()), 1e-300))
+
     def planned_format(self, site: WeightSite) -> TensorTrain | None:
         """The form of storage of three and more sites."""
-        stored = self._stored(site) if self.sites > 2 else None
+        stored = stored_train(site, self.sites, chi=self.chi, ratio=self.ratio) if self.sites > 2 else None
         return stored if isinstance(stored, TensorTrain) else None
-
-    def _stored(self, site: WeightSite) -> TensorTrain | str:
-        outputs, inputs = balanced_modes(site.rows, self.sites), balanced_modes(site.columns, self.sites)
-        exact = full_bonds(outputs, inputs)
-        chi = self.chi or max((c for c in range(1, max(exact) + 1) if train_parameters(outputs, inputs, c) <= (self.ratio or 1.0) * site.parameters), default=0)
-        count = train_parameters(outputs, inputs, max(chi, 1))
-        if chi > max(exact):
-            return f"chi={chi} is more than the exact bond {max(exact)}; use a smaller one"
-        if chi < 1 or count > site.parameters:
-            return f"{self.sites} cores of bond {max(chi, 1)} hold {count:,} weights, the weight itself {site.parameters:,}"
-        return TensorTrain(outputs=outputs, inputs=inputs, bonds=tuple(min(chi, b) for b in exact))
 
     def why_not(self, site: WeightSite) -> str | None:
         """As for all factorizations, and cores that are no smaller than the weight."""
         if self.sites == 2:
             return super().why_not(site)
-        stored = why_not_compressible(site) or self._stored(site)
+        stored = why_not_compressible(site) or stored_train(site, self.sites, chi=self.chi, ratio=self.ratio)
         return stored if isinstance(stored, str) else None
 
     def rewrite_site(self, editor: Editor, site: WeightSite, decision: Decision, statistics: Statistics | None, ctx: Context) -> SiteResult:
         """A chain of two products, or stored cores."""
-        fmt = self.planned_format(site)
-        if fmt is None:
-            return super().rewrite_site(editor, site, decision, statistics, ctx)
-        matrix = site.matrix().float()
-        payload = fmt.encode(matrix.to(site.dtype))
-        error = float((fmt.decode(payload, site.rows, site.columns, torch.float32) - matrix).norm() / matrix.norm().clamp_min(1e-30))
-        facts = {"chi": float(max(fmt.bonds)), "kept": sum(t.numel() for t in payload.values()) / site.parameters, "weight_error": error}
-        editor.compress(site, fmt, payload, f"factorize_mpo: {self.sites} cores", facts)
-        after = sum(t.nbytes for t in payload.values())
-        return SiteResult(site=site.name, action=fmt.to_spec(), bytes_before=site.nbytes, bytes_after=after, facts=facts)
+        planned = self.planned_format(site)
+        return super().rewrite_site(editor, site, decision, statistics, ctx) if planned is None else store(editor, site, planned, self.tolerance)
 
     def preview(self, program: Program, plan: Plan, ctx: Context) -> None:
         """Chains or formats without data."""
@@ -114,7 +140,7 @@ class FactorizeMpo(Factorization):
             SitePass.preview(self, program, plan, ctx)
 
     def planned_chain(self, site: WeightSite) -> Chain | str:
-        """Cores of the first member that is tried; all hold about as many weights."""
+        """Cores of the first member that is tried; all hold about as many weights. With a tolerance, the most that are smaller than the weight."""
         found = self._members(site)
         if isinstance(found, str):
             return found
@@ -123,39 +149,50 @@ class FactorizeMpo(Factorization):
         return as_chain(Cores(first=first, second=second, rows=site.rows, columns=site.columns))
 
     def decide(self, site: WeightSite, ctx: Context) -> Decision:
-        """Adds nothing to the plan of every factorization; the estimate counts the refinement."""
+        """Adds the refinement to the plan of every factorization."""
         if (fmt := self.planned_format(site)) is not None:
             after = fmt.nbytes(site.rows, site.columns, site.dtype)
             return Decision(site=site.name, action=fmt.to_spec(), bytes_before=site.nbytes, bytes_after=after, flops=20.0 * site.rows * site.parameters)
         plan = super().decide(site, ctx)
-        work = 6.0 * self.refine * site.rows * site.columns**2 * (len(FAMILY) - 1 if self.family is None else 1)
-        return Decision(
-            site=plan.site, action=plan.action, bytes_before=plan.bytes_before, bytes_after=plan.bytes_after, flops=plan.flops + work, facts=plan.facts
-        )
+        rounds = 0 if self.metric is Metric.WEIGHT else self.refine / 2 * (2 if self.family is None else 1) * (4 if self.tolerance is not None else 1)
+        return replace(plan, flops=plan.flops + 10.0 * rounds * site.parameters * site.columns)
 
     def chain(self, site: WeightSite, matrix: Tensor, statistics: Statistics | None) -> tuple[Chain | str, dict[str, float]]:
-        """The member with the least error, its t, its bond and the error; multiply-adds a token over the dense weight's."""
+        """The member with the least error (with a tolerance: the fewest weights), its t, bond, error, and multiply-adds a token over the dense weight's."""
         members = self._members(site)
         assert not isinstance(members, str)
         gram = None if self.metric is Metric.WEIGHT or statistics is None or statistics.gram is None else statistics.gram[0]
-        best: tuple[float, Cores, Modes, int] | None = None
-        errors: dict[str, float] = {}
-        for modes, chi in members:
-            cores, error = fit(matrix, modes, chi, gram, self.refine)
-            errors[f"error_t{modes.b}"] = error
-            if best is None or error < best[0]:
-                best = (error, cores, modes, chi)
-        assert best is not None
-        error, cores, modes, chi = best
-        work = min(modes.multiplications(chi)) / site.parameters
-        kind = "weight_error" if gram is None else "output_error"
-        facts = {"t": float(modes.b), "chi": float(chi), kind: error, "multiplications": work}
-        return as_chain(cores), facts | (errors if len(members) > 1 else {})
+        shared: dict[str, Any] = statistics.shared if statistics is not None else {}
+        if self.tolerance is not None:
+            members = self._within(matrix, members, gram, shared)
+            if not members:
+                return f"no bond that makes it smaller meets tolerance={self.tolerance}", {}
+        winner = best_member(matrix, members, gram, self.refine, shared)
+        facts = {"t": float(winner.modes.b), "chi": float(winner.chi), "weight_error" if gram is None else "output_error": winner.error}
+        facts["multiplications"] = min(winner.modes.multiplications(winner.chi)) / site.parameters
+        errors = {f"error_t{t}": error for t, error in winner.errors.items()} if len(members) > 1 else {}
+        return as_chain(winner.cores, self._second_first(site, winner)), facts | errors
+
+    def _within(self, matrix: Tensor, members: list[tuple[Modes, int]], gram: Tensor | None, shared: dict[str, Any]) -> list[tuple[Modes, int]]:
+        """The member that meets the tolerance with the fewest weights, if any; later members must do with fewer than earlier ones."""
+        best: tuple[Modes, int] | None = None
+        assert self.tolerance is not None
+        for modes, most in members:
+            limit = most if best is None else min(most, (best[0].parameters(best[1]) - 1) // modes.parameters(1))
+            chi = smallest_bond(matrix, modes, limit, gram, self.refine, self.tolerance, shared)
+            best = best if chi is None else (modes, chi)
+        return [] if best is None else [best]
+
+    def _second_first(self, site: WeightSite, winner: Winner) -> bool | None:
+        if self.order is Order.ARITHMETIC:
+            return None
+        tokens = max(1, int(node_size(site.data)) // site.columns) if site.data.op == "call_function" else 1
+        return faster_first(winner.cores, tokens, site.dtype)
 
     def _members(self, site: WeightSite) -> list[tuple[Modes, int]] | str:
-        """Modes to try with their bonds, or why none is smaller than the weight."""
-        tried = [self._modes(site, t) for t in (FAMILY if self.family is None else (self.family,))]
-        found = [(modes, self.chi or int((self.ratio or 1.0) * site.parameters / modes.parameters(1))) for modes in tried]
+        """Modes to try with their bonds (with a tolerance: the largest that are smaller than the weight), or why none is smaller than the weight."""
+        tried, share = self._tried(site), 1.0 if self.tolerance is not None else self.ratio or 1.0
+        found = [(m, self.chi or min(int(share * site.parameters / m.parameters(1)), m.full if self.tolerance is not None else site.parameters)) for m in tried]
         if self.chi is not None and self.chi > max(m.full for m in tried):
             return f"chi={self.chi} is more than the exact bond {max(m.full for m in tried)}; use a smaller one"
         fitting = [(modes, chi) for modes, chi in found if 1 <= chi <= modes.full and modes.parameters(chi) <= site.parameters]
@@ -163,6 +200,9 @@ class FactorizeMpo(Factorization):
             modes, chi = found[0]
             return f"cores of bond {max(chi, 1)} hold {modes.parameters(max(chi, 1)):,} weights, the weight itself {site.parameters:,}"
         return fitting
+
+    def _tried(self, site: WeightSite) -> list[Modes]:
+        return [self._modes(site, t) for t in (FAMILY if self.family is None else (self.family,))]
 
     def _modes(self, site: WeightSite, t: int) -> Modes:
         if t != BALANCED:

@@ -3,7 +3,7 @@
 `W[(a, c), (b, d)] ~ sum_r A[a, b, r] B[r, c, d]` with modes a, c of the outputs and b, d of the inputs. Members of the family t have b and c of size t: t = 1
 is the plain low-rank pair, and at one bond every member holds the same number of weights, while the arithmetic grows with t (our derivation). The weight's
 own optimum is an SVD of Van Loan's rearrangement, as in CompactifAI (arXiv 2401.14109); under a Gram there is no closed form for t > 1, so the cores are
-refined by L-BFGS from the better of two starts, that SVD and one of the weight whitened by the nearest Kronecker product of the Gram (both ours).
+refined by alternating least squares (`kronecker_fit`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ir.chain import AddBias, Chain, Cut, Flatten, Link, Pad, Product, Swap, Unflatten
-from ..ir.trains import decompose
+from .kronecker_fit import Fit, Whitening, rearranged, whitening
 from .spectra import spectrum
 
 
@@ -64,46 +64,52 @@ class Cores:
         return joined.view(a, b, c, d).transpose(1, 2).reshape(a * c, b * d)[: self.rows, : self.columns]
 
 
-def fit(matrix: Tensor, modes: Modes, chi: int, gram: Tensor | None, steps: int) -> tuple[Cores, float]:
-    """Cores of `matrix: [N, K]` under the Gram `[K, K]` (None: the weight's own error), and the relative error that is left."""
+def fit(matrix: Tensor, modes: Modes, chi: int, gram: Tensor | None, steps: int, white: Whitening | None = None) -> tuple[Cores, float]:
+    """Cores of `matrix: [N, K]` under the Gram `[K, K]` (None: the weight's own error), and the relative error that is left.
+
+    `steps` bounds the rounds of refinement; `white` is the Gram's `whitening` for these modes, where it is known already.
+    """
     if modes.b == modes.c == 1:
         found = spectrum(matrix, gram)
         down, up = found.factors(chi)
         return Cores(first=up.unsqueeze(1), second=down.unsqueeze(1), rows=len(matrix), columns=matrix.shape[1]), found.error(chi)
-    plain = _svd(matrix, modes, chi)
     if gram is None:
-        return plain, _error(plain, matrix, torch.eye(matrix.shape[1]))
-    starts = [plain, _whitened(matrix, modes, chi, gram)]
-    best = min(starts, key=lambda cores: _error(cores, matrix, gram))
-    refined = _refined(best, matrix, gram, steps)
-    return refined, _error(refined, matrix, gram)
+        return _plain(matrix, modes, chi)
+    running = Fit(matrix, modes, white or whitening(gram, modes), chi)
+    running.refine(steps)
+    cores, error = finished(running, matrix, gram)
+    if steps == 0 and (other := _error(plain := _plain(matrix, modes, chi)[0], matrix, gram)) < error:
+        return plain, other
+    return cores, error
 
 
-def _svd(matrix: Tensor, modes: Modes, chi: int) -> Cores:
-    first, second = decompose(matrix, (modes.a, modes.c), (modes.b, modes.d), chi=chi).cores
-    root = second.flatten(1).norm(dim=1).sqrt()  # both cores of one size: better conditioned for refinement
-    return Cores(first=(first[0] * root).float(), second=(second[..., 0] / root.view(-1, 1, 1)).float(), rows=len(matrix), columns=matrix.shape[1])
+def finished(running: Fit, matrix: Tensor, gram: Tensor) -> tuple[Cores, float]:
+    """Its cores for inputs as they are, and their error."""
+    first, second = running.cores()
+    cores = Cores(first=first, second=second, rows=len(matrix), columns=matrix.shape[1])
+    return cores, _error(cores, matrix, gram)
+
+
+def _plain(matrix: Tensor, modes: Modes, chi: int) -> tuple[Cores, float]:
+    """The best cores for the weight itself, both of one size, and their error."""
+    found = spectrum(rearranged(matrix, modes))
+    second, first = found.factors(chi)
+    root = second.norm(dim=1).sqrt().clamp_min(1e-30)
+    cores = Cores(
+        first=(first * root).view(modes.a, modes.b, chi),
+        second=(second / root.unsqueeze(1)).view(chi, modes.c, modes.d),
+        rows=len(matrix),
+        columns=matrix.shape[1],
+    )
+    return cores, found.error(chi)
 
 
 def _error(cores: Cores, matrix: Tensor, gram: Tensor) -> float:
-    delta = (cores.matrix() - matrix).double()
-    power = float(((matrix.double() @ gram.double()) * matrix).sum())
-    return (max(float(((delta @ gram.double()) * delta).sum()), 0.0) / max(power, 1e-300)) ** 0.5
-
-
-def _whitened(matrix: Tensor, modes: Modes, chi: int, gram: Tensor) -> Cores:
-    """SVD of the weight times the root of the partial traces' Kronecker product, undone in each core."""
-    columns, size = matrix.shape[1], modes.b * modes.d
-    padded = torch.zeros(size, size, dtype=torch.float64)
-    padded[:columns, :columns] = gram
-    blocks = padded.view(modes.b, modes.d, modes.b, modes.d)
-    left, left_inverse = roots(torch.einsum("idjd->ij", blocks))
-    right, right_inverse = roots(torch.einsum("bibj->ij", blocks))
-    wide = torch.nn.functional.pad(matrix.double(), (0, size - columns))
-    cores = _svd(wide @ torch.kron(left, right), modes, chi)
-    first = torch.einsum("abr,be->aer", cores.first.double(), left_inverse).float()
-    second = torch.einsum("rcd,de->rce", cores.second.double(), right_inverse).float()
-    return Cores(first=first, second=second, rows=len(matrix), columns=columns)
+    """In float64: a Gram of massive activations has eigenvalues so far apart that float32 would not see the small ones."""
+    wide, w = gram.double(), matrix.double()
+    delta = cores.matrix().double() - w
+    left, power = (float(((rows @ wide) * rows).sum()) for rows in (delta, w))
+    return (max(left, 0.0) / max(power, 1e-300)) ** 0.5
 
 
 def roots(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,29 +119,8 @@ def roots(gram: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * root) @ vectors.t(), (vectors / root) @ vectors.t()
 
 
-def _refined(start: Cores, matrix: Tensor, gram: Tensor, steps: int) -> Cores:
-    """L-BFGS on both cores; never worse than the start."""
-    if steps == 0:
-        return start
-    power = float(((matrix @ gram) * matrix).sum())
-    first, second = (core.clone(memory_format=torch.contiguous_format).requires_grad_() for core in (start.first, start.second))
-    optimizer = torch.optim.LBFGS([first, second], max_iter=steps, history_size=20, line_search_fn="strong_wolfe", tolerance_change=1e-9)
-
-    def loss() -> float:
-        optimizer.zero_grad()
-        delta = Cores(first=first, second=second, rows=start.rows, columns=start.columns).matrix() - matrix
-        value = ((delta @ gram) * delta).sum() / max(power, 1e-30)
-        value.backward()
-        return float(value.detach())
-
-    with torch.enable_grad():
-        optimizer.step(loss)
-    done = Cores(first=first.detach(), second=second.detach(), rows=start.rows, columns=start.columns)
-    return done if _error(done, matrix, gram) <= _error(start, matrix, gram) else start
-
-
-def as_chain(cores: Cores) -> Chain:
-    """Reshapes and two products, the core first that leaves less to do; a plain pair when b and c are 1."""
+def as_chain(cores: Cores, second_first: bool | None = None) -> Chain:
+    """Reshapes and two products, the second core first or the first (None: what leaves less to do); a plain pair when b and c are 1."""
     a, b, chi = cores.first.shape
     c, d = cores.second.shape[1:]
     if b == c == 1:
@@ -144,7 +129,8 @@ def as_chain(cores: Cores) -> Chain:
     after: list[Link] = [Cut(size=cores.rows)] if a * c > cores.rows else []
     modes = Modes(a=a, b=b, c=c, d=d)
     b_first, a_first = modes.multiplications(chi)
-    middle = _second_first(cores, modes) if b_first <= a_first else _first_first(cores, modes)
+    chosen = b_first <= a_first if second_first is None else second_first
+    middle = _second_first(cores, modes) if chosen else _first_first(cores, modes)
     return *before, Unflatten(sizes=(b, d)), *middle, Flatten(), *after, AddBias()
 
 

@@ -30,6 +30,15 @@ class Spectrum:
         kept = self.left[:, :rank]
         return (kept.t() @ (self.scale.unsqueeze(1) * self.matrix)).float(), (kept / self.scale.unsqueeze(1)).float()
 
+    def weighted_energy(self, weights: Tensor | None) -> Tensor:
+        """`[R]`: the squared output error of dropping each component alone, each output counting by `weights: [N]` (None: by the metric's own).
+
+        Components do not mix: their outputs are uncorrelated over the inputs, so dropping several costs the sum.
+        """
+        if weights is None:
+            return self.energy
+        return self.energy * (weights.double() @ (self.left / self.scale.unsqueeze(1)).square())
+
     def error(self, rank: int) -> float:
         """Relative output error that is left: the root of the discarded share of the energy."""
         total = float(self.energy.sum())

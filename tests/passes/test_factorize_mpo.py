@@ -10,11 +10,14 @@ import torch
 import fxpress
 from fxpress.ir.errors import PassError, SpecError
 from fxpress.passes.base import parse_pass
+from fxpress.passes.contraction_order import Order
 from fxpress.passes.factorize_mpo import FactorizeMpo
 from fxpress.passes.factorize_svd import Metric
 from fxpress.passes.pipeline import run_pipeline
 
 from .nets import conv_net, correlated, output_error, tied_net
+
+WEIGHED = "factorize_mpo{budget=0.5,metric=weight,allocation=equal}"
 
 
 @pytest.mark.parametrize("family", [0, 1, 2, 4])
@@ -76,6 +79,55 @@ def test_three_sites_are_stored_and_rebuilt(tmp_path: Path) -> None:
     assert "3 cores of bond 40 hold" in next(s.why for s in full.reports[0].skipped if s.site == "hidden")
     with pytest.raises(SpecError, match="stores balanced cores of the weight alone"):
         parse_pass("factorize_mpo{ratio=0.5,sites=3}")
+    with pytest.raises(SpecError, match="stores balanced cores of the weight alone"):
+        parse_pass("factorize_mpo{budget=0.5,sites=3,metric=weight,allocation=equal}")
+
+
+def test_three_sites_within_a_tolerance() -> None:
+    program, ctx = conv_net()
+    passes = {t: FactorizeMpo(tolerance=t, sites=3, metric=Metric.WEIGHT, only=("hidden",)) for t in (0.8, 0.01)}
+    taken = {t: run_pipeline(program, [one], ctx).reports[0].taken[0] for t, one in passes.items()}
+    assert taken[0.8].facts["weight_error"] <= 0.8 and taken[0.8].facts["kept"] < 0.7
+    assert taken[0.01].action.startswith("left as it is: cores within tolerance=0.01 hold") and taken[0.01].bytes_after == taken[0.01].bytes_before
+
+
+@pytest.mark.parametrize("family", [1, 4, None])
+def test_the_smallest_bond_within_a_tolerance(family: int | None) -> None:
+    program, ctx = conv_net()
+    done = run_pipeline(program, [FactorizeMpo(tolerance=0.25, family=family, only=("hidden",))], ctx)
+    facts = done.reports[0].taken[0].facts
+    assert facts["output_error"] <= 0.25
+    below = FactorizeMpo(chi=int(facts["chi"]) - 1, family=int(facts["t"]), only=("hidden",))
+    assert run_pipeline(program, [below], ctx).reports[0].taken[0].facts["output_error"] > 0.25
+    if family is None:
+        others = [FactorizeMpo(tolerance=0.25, family=t, only=("hidden",)) for t in (1, 2, 4, 8)]
+        assert facts["kept"] <= min(run_pipeline(program, [one], ctx).reports[0].taken[0].facts["kept"] for one in others)
+
+
+def test_a_tolerance_of_the_weight_and_one_that_cannot_be_met() -> None:
+    program, ctx = conv_net()
+    taken = run_pipeline(program, [FactorizeMpo(tolerance=0.7, family=4, metric=Metric.WEIGHT, only=("hidden",))], ctx).reports[0].taken[0]
+    assert taken.facts["weight_error"] <= 0.7
+    one = run_pipeline(program, [FactorizeMpo(chi=int(taken.facts["chi"]) - 1, family=4, metric=Metric.WEIGHT, only=("hidden",))], ctx)
+    assert one.reports[0].taken[0].facts["weight_error"] > 0.7
+    left = run_pipeline(program, [FactorizeMpo(tolerance=1e-6, only=("hidden",))], ctx).reports[0].taken[0]
+    assert left.action == "left as it is: no bond that makes it smaller meets tolerance=1e-06"
+
+
+@pytest.mark.parametrize("spec", ["factorize_mpo{budget=0.5}", "factorize_mpo{budget=0.5,family=4,allocation=equal}", WEIGHED])
+def test_a_budget_over_several_sites(spec: str) -> None:
+    program, ctx = tied_net()
+    done = run_pipeline(program, [parse_pass(spec)], ctx)
+    held = sum(s.parameters for s in done.program.sites() if s.name.startswith(("up", "down")))
+    assert 0.4 * 4096 < held <= 0.5 * 4096
+    assert done.reports[0].notes[0].startswith("budget: ") and "tied" in next(s.why for s in done.reports[0].skipped if s.site == "head")
+
+
+@pytest.mark.parametrize("order", list(Order))
+def test_either_order_computes_the_same(order: Order) -> None:
+    program, ctx = conv_net()
+    runs = [run_pipeline(program, [FactorizeMpo(ratio=0.5, family=0, order=o, only=("hidden",), refine=2)], ctx) for o in (Order.ARITHMETIC, order)]
+    assert output_error(runs[0].program, runs[1].program, ctx) < 1e-5
 
 
 def test_refusals() -> None:
@@ -88,7 +140,25 @@ def test_refusals() -> None:
         with pytest.raises(PassError, match=why):
             run_pipeline(program, [parse_pass(spec)], ctx)
     for spec in ("factorize_mpo", "factorize_mpo{ratio=0.5,chi=3}"):
-        with pytest.raises(SpecError, match="ratio or chi"):
+        with pytest.raises(SpecError, match="exactly one of ratio, chi, tolerance and budget"):
             parse_pass(spec)
     with pytest.raises(SpecError, match="metric=both is not built"):
         parse_pass("factorize_mpo{ratio=0.5,metric=both}")
+    with pytest.raises(SpecError, match="give allocation=equal, or metric=input"):
+        parse_pass("factorize_mpo{budget=0.5,metric=weight}")
+    with pytest.raises(PassError, match=r"budget=0.01 of 4,096 parameters at 2 sites is below the floor: rank 1 at every site already holds 192"):
+        run_pipeline(program, [parse_pass("factorize_mpo{budget=0.01}")], ctx)
+
+
+def test_few_tokens_and_dead_channels() -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(30, 41)).eval()
+    x = correlated(5, 30)
+    x[:, 7:15] = 0
+    for one in (FactorizeMpo(ratio=0.5, family=4), FactorizeMpo(ratio=0.5)):
+        result = fxpress.optimize(net, [one], example_inputs=(x,), calibration=[x])
+        y, wanted = result.program.run(x).detach(), net(x).detach()
+        assert bool(torch.isfinite(y).all()) and float((y - wanted).norm() / wanted.norm()) < 0.05
+    blank = torch.zeros(5, 30)
+    result = fxpress.optimize(net, [FactorizeMpo(ratio=0.5)], example_inputs=(blank,), calibration=[blank])
+    assert torch.allclose(result.program.run(blank), net(blank), atol=1e-6)
