@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from ..ir.errors import TrainingError
 from ..ir.inputs import Inputs
 from .calibrate import as_call
 from .context import Call, Context
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def training_data(ctx: Context) -> tuple[Example, ...]:
     return found
 
 
-def split(examples: tuple[Example, ...], fraction: float, generator: torch.Generator) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+def split(examples: tuple[T, ...], fraction: float, generator: torch.Generator) -> tuple[tuple[T, ...], tuple[T, ...]]:
     """Training and held-out batches, drawn at random; a single batch serves as both."""
     if len(examples) < 2:
         return examples, examples

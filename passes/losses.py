@@ -8,7 +8,6 @@ from enum import Enum
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..ir.errors import TrainingError
@@ -16,6 +15,7 @@ from ..ir.nodes import op_name
 from ..ir.program import Program
 from ..ir.sites import SiteKind
 from .cross_entropy import cross_entropy, next_token
+from .divergence import divergence
 from .examples import Example
 from .tapped import Reply
 
@@ -120,7 +120,7 @@ class Criterion:
 
     def __call__(self, example: Example, leaves: list[Any], student: Reply, teacher: Reply | None) -> Tensor:
         """The scalar loss; `leaves` are the example's flattened inputs."""
-        keep = _kept_tokens(example)
+        keep = kept_tokens(example)
         terms = []
         if self.has_task(example):
             terms.append(self._task(example, leaves, student, keep))
@@ -168,7 +168,7 @@ def _floats(reply: Reply) -> list[int]:
     return [i for i, leaf in enumerate(reply.leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _kept_tokens(example: Example) -> Tensor | None:
+def kept_tokens(example: Example) -> Tensor | None:
     """The positions `[B, T] bool` that count: what an input called `attention_mask` leaves in, or None for all."""
     mask = example.call[1].get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_floating_point() or bool(mask.all()):
@@ -181,14 +181,19 @@ def rows(value: Tensor, keep: Tensor | None) -> Tensor:
     return value if keep is None or value.dim() < 3 or value.shape[:2] != keep.shape else value[keep]
 
 
-def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Mean KL(teacher || student) over rows of logits `[..., V]`, in float32, times temperature squared (Hinton et al. 2015)."""
-    one, other = (F.log_softmax(t.float() / temperature, -1).reshape(-1, t.shape[-1]) for t in (student, teacher))
-    return F.kl_div(one, other, reduction="batchmean", log_target=True) * temperature**2
-
-
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error over the teacher's variance (its mean square when it is constant), in float32."""
     one, other = student.float(), teacher.float()
     scale = torch.maximum(other.var(unbiased=False), 1e-6 * other.square().mean()).clamp_min(1e-12)
     return (one - other).square().mean() / scale
+
+
+def stream_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over positions of the squared error over the teacher's power at that position, in float32 (ours): what a norm behind the stream sees of it.
+
+    A position is a row of the last axis, and of images `[B, C, H, W]` a whole image. `relative_error` would be about the few positions of massive activations
+    that residual streams of language models have. Positions with less than a thousandth of the median power count as if they had that.
+    """
+    one, other = ((t.flatten(1) if t.dim() == 4 else t).float() for t in (student, teacher))
+    power = other.square().mean(-1)
+    return ((one - other).square().mean(-1) / power.clamp_min(max(1e-3 * float(power.median()), 1e-12))).mean()

@@ -34,6 +34,16 @@ class Part:
     tensors: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Healing:
+    """What healing found: better weights by name, what to say about each part, and sentences for the report."""
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Mapping[str, float]]
+    why: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
 def find_parts(program: Program) -> tuple[tuple[Part, ...], tuple[Skip, ...]]:
     """Everything that can be trained, in graph order, and the sites that cannot.
 
@@ -90,6 +100,13 @@ def part_bytes(program: Program, part: Part) -> int:
     return sum(get_tensor(program.graph_module, n).nbytes for n in part.tensors)
 
 
+def readers(program: Program, part: Part) -> list[fx.Node]:
+    """Every node that reads a tensor of the part, under any of its names."""
+    aliases = alias_classes(program.graph_module)
+    names = {a for t in part.tensors for a in aliases.of(t)}
+    return [u for n in program.graph.nodes if n.op == "get_attr" and str(n.target) in names for u in n.users]
+
+
 def select(parts: Sequence[Part], patterns: Sequence[str]) -> tuple[Part, ...]:
     """The parts, and of them the tensors, whose name matches a pattern; all of them without patterns. A pattern that matches nothing is refused."""
     for pattern in patterns:
@@ -110,8 +127,18 @@ def zero_mask(tensor: Tensor) -> Tensor | None:
     return kept if float(kept.float().mean()) <= 1 - SPARSE else None
 
 
-def write_back(program: Program, parts: Sequence[Part], tensors: Mapping[str, Tensor], pass_spec: str, why: str) -> tuple[SiteResult, ...]:
-    """Bind trained tensors under all their names, with a journal entry and a result per part; empty `tensors` change nothing."""
+def write_back(
+    program: Program,
+    parts: Sequence[Part],
+    tensors: Mapping[str, Tensor],
+    pass_spec: str,
+    why: str | Mapping[str, str],
+    facts: Mapping[str, Mapping[str, float]] | None = None,
+) -> tuple[SiteResult, ...]:
+    """Bind trained tensors under all their names, with a journal entry and a result per part; empty `tensors` change nothing.
+
+    `why` and `facts` (added to the relative change) may differ by the name of the part.
+    """
     results = []
     module = program.graph_module
     old = {n: get_tensor(module, n).detach() for p in parts for n in p.tensors}
@@ -120,11 +147,11 @@ def write_back(program: Program, parts: Sequence[Part], tensors: Mapping[str, Te
     with Editor(program, pass_spec) as editor:
         for part in parts:
             new = {n: of[n] for n in part.tensors if n in of}
-            facts = {"relative_change": _change(new, old)}
+            known = {"relative_change": _change(new, old)} | dict((facts or {}).get(part.name, {}))
             if new:
-                editor.reweight(part.node, new, why, facts, part.site)
+                editor.reweight(part.node, new, why if isinstance(why, str) else why[part.name], known, part.site)
             size = part_bytes(program, part)
-            results.append(SiteResult(site=part.name, action="train" if new else "keep", bytes_before=size, bytes_after=size, facts=facts))
+            results.append(SiteResult(site=part.name, action="train" if new else "keep", bytes_before=size, bytes_after=size, facts=known))
     return tuple(results)
 
 

@@ -1,26 +1,23 @@
-"""Fine-tune a program's weights on a private copy: the loop, early stopping and checkpoints, for every pass that trains."""
+"""Fine-tune a program's weights end to end on a private copy, for every pass that trains; the loop itself is `training_loop`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from math import isfinite
 
 import torch
 from torch import Tensor
 
 from ..ir.errors import TrainingError
-from ..ir.nodes import get_tensor
 from ..ir.program import Program
-from ..ir.weights import alias_classes
 from .context import Context
 from .examples import Example, split
 from .losses import Criterion, Objective, find_language
-from .tapped import Tapped, hidden_nodes
-from .trainable import Part, find_parts, select, zero_mask
+from .tapped import Reply, Tapped, hidden_nodes
+from .trainable import Part, find_parts, select
+from .training_loop import Leaves, Loop, Tensors
 from .training_options import TrainingOptions
-from .training_state import Standing, load_state, save_state
+from .training_state import Standing
 
 
 @dataclass(frozen=True)
@@ -74,142 +71,60 @@ def criterion(program: Program, options: TrainingOptions, ctx: Context, data: Se
 
 
 class _Trainer:
-    """One run: float32 copies of the trained tensors, their optimizer, and where it stands."""
+    """One end-to-end run: student and teacher, and the loop over the data."""
 
     def __init__(
         self, program: Program, teacher: Program | None, data: Sequence[Example], options: TrainingOptions, ctx: Context, parts: Sequence[Part], label: str
     ) -> None:
-        self.options, self.ctx, self.label, self.program = _with_teacher(options, teacher), ctx, label, program
+        self.options, self.program = _with_teacher(options, teacher), program
         self.criterion = criterion(program, self.options, ctx, data)
         needed = teacher if self.criterion.distils() else None
         self.taps = hidden_nodes(program, needed) if needed is not None and options.hidden else []
-        self.student, self.teacher = Tapped(program, self.taps), Tapped(needed, self.taps) if needed is not None else None
-        self._copy_weights(parts)
-        generator = ctx.generator()
-        self.training, self.held_out = split(tuple(data), options.held_out, generator)
-        self.order = _order(len(self.training), options.steps * options.accumulate, generator)
-        self.best: dict[str, Tensor] = {}
-        self.optimizer = torch.optim.AdamW(list(self.weights.values()), lr=options.lr, weight_decay=options.weight_decay)
-
-    def _copy_weights(self, parts: Sequence[Part]) -> None:
-        """One float32 leaf per tensor, however many names it has, and the zeros to keep."""
-        module, aliases = self.program.graph_module, alias_classes(self.program.graph_module)
-        matrices = {aliases.of(p.site.tensors[0])[0] for p in parts if p.site is not None}
-        self.weights: dict[str, Tensor] = {}
-        self.names: dict[str, tuple[str, ...]] = {}
-        self.kept: dict[str, Tensor] = {}
-        for tensor in (t for p in parts for t in p.tensors):
-            name = aliases.of(tensor)[0]
-            if name in self.weights:
-                continue
-            old = get_tensor(module, name).detach()
-            self.weights[name] = old.to(torch.promote_types(old.dtype, torch.float32), copy=True).requires_grad_()
-            self.names[name] = aliases.of(name)
-            mask = zero_mask(old) if self.options.keep_zeros and name in matrices else None
-            if mask is not None:
-                self.kept[name] = mask
-        if not self.weights:
-            raise TrainingError("nothing to train: the program has no float weights, or trainable, only and skip leave none")
+        self.student, self.teacher = Tapped(program, self.taps), _Teacher(needed, self.taps, options.cache) if needed is not None else None
+        leaves, generator = Leaves.of(program, parts, keep_zeros=options.keep_zeros), ctx.generator()
+        items = split(tuple(data), options.held_out, generator)
+        self.loop = Loop(leaves, self._loss, items, self.options, ctx, label=label, generator=generator)
 
     def run(self) -> TrainingResult:
-        """Train to the end, or go on where a checkpoint stands."""
-        self.standing = load_state(self.ctx, self.label, self.weights, self.best, self.optimizer) or self._start()
-        for _ in self.ctx.track(range(self.options.steps - self.standing.step), self.label, status=lambda: f"loss {self.standing.best:.4g}"):
-            if self.standing.stopped:
-                break
-            self._step()
-            self._after_step()
-        return self._result()
+        """Train, and say how it went."""
+        standing = self.loop.run()
+        return TrainingResult(self.loop.tensors, standing.start, standing.best, standing.step, tuple(standing.history), tuple(self._notes(standing)))
 
-    def _start(self) -> Standing:
-        standing = Standing()
-        loss = self._evaluate()
-        if not isfinite(loss):
-            raise TrainingError(f"{self.label}: the loss is {loss} before the first step; check the data, the loss function, and the passes before this one")
-        standing.take(loss)
-        standing.start = loss
-        standing.stopped = "there is nothing to recover: the loss is 0" if abs(loss) < 1e-9 else ""
-        return standing
+    def _loss(self, example: Example, tensors: Tensors) -> Tensor:
+        reply = self.teacher(example) if self.teacher is not None else None
+        return self.criterion(example, self.program.inputs.flatten(*example.call), self.student(example.call, tensors), reply)
 
-    def _step(self) -> None:
-        """One optimizer step over `accumulate` batches; a loss or gradient that is not finite stops the run instead."""
-        options, step = self.options, self.standing.step
-        self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for place in range(step * options.accumulate, (step + 1) * options.accumulate):
-            with self._autocast():
-                loss = self._loss(self.training[self.order[place]]) / options.accumulate
-            if not loss.requires_grad:
-                raise TrainingError(f"{self.label}: the loss depends on no trained tensor; check trainable=, and that the loss function keeps gradients")
-            loss.backward()
-            total += float(loss.detach())
-        for name, mask in self.kept.items():
-            if (grad := self.weights[name].grad) is not None:
-                grad.mul_(mask)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.weights.values(), options.clip))
-        self.standing.step += 1
-        if not isfinite(total) or not isfinite(norm):
-            what = f"loss {total}" if not isfinite(total) else f"gradient norm {norm}"
-            self.standing.stopped = f"step {self.standing.step} gave {what}; a smaller lr may help"
-            return
-        self.optimizer.param_groups[0]["lr"] = options.rate(step)
-        self.optimizer.step()
-        with torch.no_grad():
-            for name, mask in self.kept.items():
-                self.weights[name].mul_(mask)
-
-    def _after_step(self) -> None:
-        """Evaluate and save when it is time."""
-        standing, options = self.standing, self.options
-        done = standing.step == options.steps
-        if not standing.stopped and (done or standing.step % options.evaluate_every == 0):
-            if standing.take(self._evaluate()):
-                self.best = {name: w.detach().clone() for name, w in self.weights.items()}
-            elif standing.stale >= options.patience and not done:
-                standing.stopped = f"{standing.stale} evaluations without a better one"
-        if done or standing.stopped or standing.step % options.checkpoint_every == 0:
-            save_state(self.ctx, self.label, standing, self.weights, self.best, self.optimizer)
-
-    def _evaluate(self) -> float:
-        """Mean loss of the held-out batches, without autocast."""
-        with torch.no_grad():
-            return sum(float(self._loss(e)) for e in self.held_out) / len(self.held_out)
-
-    def _loss(self, example: Example) -> Tensor:
-        reply = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                reply = self.teacher(example.call)
-        student = self.student(example.call, self._bound(self.weights))
-        return self.criterion(example, self.program.inputs.flatten(*example.call), student, reply)
-
-    def _bound(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights in the program's own types, under all their names."""
-        module = self.program.graph_module
-        return {alias: cast for name, w in weights.items() for cast in (w.to(get_tensor(module, name).dtype),) for alias in self.names[name]}
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        dtype = self.options.dtype.autocast
-        return torch.autocast(next(iter(self.weights.values())).device.type, dtype=dtype, enabled=dtype is not None)
-
-    def _result(self) -> TrainingResult:
-        standing = self.standing
-        bound = self._bound(self.best)
-        tensors = {name: bound[name] for name in self.best}
-        return TrainingResult(tensors, standing.start, standing.best, standing.step, tuple(standing.history), tuple(self._notes()))
-
-    def _notes(self) -> list[str]:
-        standing, options = self.standing, self.options
-        where = f"{len(self.training)} training and {len(self.held_out)} held-out batches"
-        where = "one batch, nothing held out" if self.training is self.held_out else where
+    def _notes(self, standing: Standing) -> list[str]:
+        options, loop = self.options, self.loop
+        where = f"{len(loop.training)} training and {len(loop.held_out)} held-out batches"
+        where = "one batch, nothing held out" if loop.training is loop.held_out else where
         notes = [f"loss {standing.start:.4g} -> {standing.best:.4g} ({where}); {standing.step} of {options.steps} steps, best at step {standing.best_step}"]
         if standing.stopped:
             notes.append(f"stopped early: {standing.stopped}")
-        if not self.best and len(standing.history) > 1:
+        if not loop.best and len(standing.history) > 1:
             notes.append("training never beat the start; the weights are as they were")
         if options.hidden and self.teacher is not None and not self.taps:
             notes.append("hidden had no effect: the program and the original have no residual addition in common")
         return notes
+
+
+class _Teacher:
+    """The original's replies, kept for batches that come again while they fit into `limit` MiB; held-out batches come first."""
+
+    def __init__(self, program: Program, taps: Sequence[str], limit: int) -> None:
+        self._run, self._left, self._kept = Tapped(program, taps), limit * 2**20, dict[int, Reply]()
+
+    def __call__(self, example: Example) -> Reply:
+        """What the original says to a batch, without gradients."""
+        reply = self._kept.get(id(example))
+        if reply is None:
+            with torch.no_grad():
+                reply = self._run(example.call)
+            size = sum(v.nbytes for v in (*reply.leaves, *reply.hidden) if isinstance(v, Tensor))
+            if size <= self._left:
+                self._left -= size
+                self._kept[id(example)] = reply
+        return reply
 
 
 def _with_teacher(options: TrainingOptions, teacher: Program | None) -> TrainingOptions:
@@ -219,9 +134,3 @@ def _with_teacher(options: TrainingOptions, teacher: Program | None) -> Training
     if options.objective in (Objective.DISTILL, Objective.BOTH):
         raise TrainingError(f"objective={options.objective.value} needs the original program; run the pass in fxpress.optimize, or use objective=task")
     return replace(options, objective=Objective.TASK)
-
-
-def _order(batches: int, count: int, generator: torch.Generator) -> list[int]:
-    """Indices of `count` batches: one random permutation after another."""
-    epochs = -(-count // batches)
-    return [i for _ in range(epochs) for i in torch.randperm(batches, generator=generator).tolist()][:count]

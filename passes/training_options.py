@@ -38,6 +38,7 @@ class TrainingOptions(Options):
     outputs: Outputs = Outputs.AUTO
     temperature: float = option(1.0, gt=0)
     hidden: float = option(0.0, ge=0)  # weight of the hidden-state error
+    cache: int = option(512, ge=0)  # MiB of the original's outputs that are kept for batches seen again
     dtype: Precision = Precision.FP32
     held_out: float = option(0.1, gt=0, lt=1)  # fraction of the batches
     evaluate_every: int = option(25, ge=1)

@@ -13,8 +13,9 @@ from torch import Tensor
 from fxpress.ir.errors import TrainingError
 from fxpress.ir.program import Program
 from fxpress.passes.cross_entropy import cross_entropy
+from fxpress.passes.divergence import divergence
 from fxpress.passes.examples import Example
-from fxpress.passes.losses import Criterion, Language, Objective, Outputs, divergence, find_language, relative_error, rows
+from fxpress.passes.losses import Criterion, Language, Objective, Outputs, find_language, relative_error, rows, stream_error
 from fxpress.passes.tapped import Reply
 
 from ..tiny import randn
@@ -103,3 +104,24 @@ def test_refusals_while_training() -> None:
         Criterion()(example(), [], reply(randn(4, 3)), reply(randn(4, 2)))
     with pytest.raises(TrainingError, match="same float outputs"):
         Criterion()(example(), [], reply(torch.tensor([1])), reply(torch.tensor([1])))
+
+
+def test_stream_error_counts_every_position_alike_however_large_it_is() -> None:
+    teacher = randn(2, 5, 8) * torch.tensor([1.0, 1.0, 1.0, 1.0, 1000.0]).view(1, 5, 1)
+    student = teacher + 0.1 * randn(2, 5, 8, seed=1) * teacher.square().mean(-1, keepdim=True).sqrt()
+    exact, other = student.double(), teacher.double()
+    want = ((exact - other).square().sum(-1) / other.square().sum(-1)).mean()
+    torch.testing.assert_close(stream_error(student, teacher).double(), want, rtol=1e-5, atol=0)
+    moved = student.clone()
+    moved[:, 0] = teacher[:, 0]  # one small position made right: a fifth of the loss, next to nothing of `relative_error`
+    assert 0.5 * want < stream_error(moved, teacher) < 0.95 * want
+    assert relative_error(moved, teacher) > 0.999 * relative_error(student, teacher)
+
+
+def test_stream_error_of_images_and_of_positions_that_are_nothing() -> None:
+    image, other = randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1)
+    want = ((image - other).double().square().sum((1, 2, 3)) / other.double().square().sum((1, 2, 3))).mean()
+    torch.testing.assert_close(stream_error(image, other).double(), want, rtol=1e-5, atol=0)
+    empty = randn(1, 4, 8)
+    empty[0, 0] = 0
+    assert stream_error(empty + 0.01, empty) < 1 and stream_error(torch.zeros(2, 3), torch.zeros(2, 3)) == 0

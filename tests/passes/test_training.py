@@ -15,6 +15,7 @@ from fxpress.ir.errors import TrainingError
 from fxpress.ir.nodes import get_tensor
 from fxpress.ir.program import Program
 from fxpress.ir.weights import named_tensors, set_tensor
+from fxpress.passes import training
 from fxpress.passes.context import Context
 from fxpress.passes.examples import Example, Labelled, as_examples, split
 from fxpress.passes.losses import Objective, relative_error
@@ -202,3 +203,23 @@ def test_refusals(captured: Callable[[str], Program]) -> None:
     refuse("depends on no trained tensor", replace(FAST, objective=Objective.TASK), lambda out, target: torch.ones(()), labelled)
     refuse("pattern 'nowhere' matches no trainable", replace(FAST, trainable=("nowhere",)))
     refuse(r"expected class indices \[4\]", examples=data(program, label=lambda _: torch.zeros(3, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize(("cache", "runs"), [(0, 14), (1, 3)])
+def test_the_originals_outputs_are_kept_for_batches_seen_again(
+    captured: Callable[[str], Program], monkeypatch: pytest.MonkeyPatch, cache: int, runs: int
+) -> None:
+    teacher, calls = captured("mlp"), []
+    student = pruned(teacher)
+
+    class Counted(training._Teacher):
+        def __init__(self, program: Program, taps: Any, limit: int) -> None:
+            super().__init__(program, taps, limit)
+            run = self._run
+            self._run = lambda call: calls.append(call) or run(call)  # type: ignore[assignment,func-returns-value]
+
+    plain = fine_tune(student, teacher, data(teacher, 3), replace(FAST, steps=12, evaluate_every=12), Context())
+    monkeypatch.setattr(training, "_Teacher", Counted)
+    counted = fine_tune(student, teacher, data(teacher, 3), replace(FAST, steps=12, evaluate_every=12, cache=cache), Context())
+    assert len(calls) == runs  # 12 steps and 2 evaluations, or each of the 3 batches once
+    assert_same(dict(counted.tensors), dict(plain.tensors))
