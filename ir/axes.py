@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -97,11 +98,11 @@ class AxisAnalysis:
 
     def parameters(self, choice: Choice | None = None) -> int:
         """Stored floating-point elements under a choice, tied tensors counted once."""
-        total = 0
-        for name, axes in self.tensors.items():
-            if get_tensor(self.program.graph_module, name).is_floating_point():
-                total += prod(kept_size(a, choice or {}) for a in axes)
-        return total
+        return sum(prod(kept_size(a, choice or {}) for a in self.tensors[name]) for name in self._floats)
+
+    @cached_property
+    def _floats(self) -> list[str]:
+        return [name for name in self.tensors if get_tensor(self.program.graph_module, name).is_floating_point()]
 
     def macs(self, choice: Choice | None = None) -> int:
         """Multiply-accumulates of one run on the example inputs under a choice."""
@@ -241,8 +242,8 @@ class Tracer(Algebra):
         tensor = get_tensor(self.program.graph_module, str(node.target))
         if name not in self.tensors:
             self.tensors[name] = tuple(self.axis(s) for s in tensor.shape)
-            if not tensor.is_floating_point():
-                self._pin_result(self.tensors[name], f"{name} holds {tensor.dtype}, not weights")
+        if not tensor.is_floating_point() and not _only_picks(node):
+            self._pin_result(self.tensors[name], f"{name} holds {tensor.dtype}, not weights")
         if tuple(map(size_of, self.tensors[name])) == tuple(tensor.shape):
             return self.tensors[name]
         self._pin_result(self.tensors[name], f"{node.target} is another view of its storage")
@@ -306,6 +307,11 @@ def hint(size: int | torch.SymInt) -> int:
         return size
     known = size.node.hint
     return int(known) if known is not None else 2**61 - 1
+
+
+def _only_picks(node: fx.Node) -> bool:
+    """Whether the stored integers are read as indices alone: fewer of them pick fewer positions, and what they pick from is pinned by its rule."""
+    return bool(node.users) and all(u.target is torch.ops.aten.index.Tensor and u.args[0] is not node for u in node.users)
 
 
 def _holds_tensor(value: Any) -> bool:

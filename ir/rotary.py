@@ -2,7 +2,7 @@
 
 Language models share one pair of cosine and sine tables between all layers and heads, which ties their rotary pairs into one axis class. Here every product
 with a table gets `table[..., index]`, `index: [heads, D] int64` being a buffer of the attention: the identity at first, so the program computes what it did.
-Whoever reorders rows of the query and key reorders the index with them; whoever resizes the class keeps part of both.
+Whoever reorders rows of the query and key reorders the index with them (`passes.head_bases`); whoever resizes the class keeps part of both.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _turn(flow: Flow, node: fx.Node, site: WeightSite, heads: int, pair: AxisCla
     if len(tables) != 1 or not tables[0].meta["val"].is_floating_point() or pair.atom not in flow.leaves(tables[0]):
         return None
     table, data = tables[0], flow.live_inputs(node)[0]
-    if not bool((labels(flow.analysis.axes[table][-1], pair.atom) >= 0).all()):  # type: ignore[index]
+    if not bool((labels(flow.analysis.axes[table][-1], pair.atom) >= 0).all()):
         return f"the rotary table {table.name} holds more than the rotary pairs"
     head = _head_dim(flow, data, attention) if heads > 1 else None
     if heads > 1 and (head is None or hint(data.meta["val"].shape[head]) != heads):
@@ -76,7 +76,7 @@ def _turn(flow: Flow, node: fx.Node, site: WeightSite, heads: int, pair: AxisCla
 def _head_dim(flow: Flow, data: fx.Node, attention: Attention) -> int | None:
     atoms = {c.atom for c in (attention.heads, attention.kv_groups) if c is not None}
     axes = flow.analysis.axes[data]
-    return next((d for d, axis in enumerate(axes) if any(bool((labels(axis, a) >= 0).any()) for a in atoms)), None)  # type: ignore[arg-type,union-attr]
+    return next((d for d, axis in enumerate(axes) if any(bool((labels(axis, a) >= 0).any()) for a in atoms)), None)
 
 
 def own_tables(editor: Editor, turns: list[Turn]) -> None:
@@ -111,12 +111,3 @@ def _gathered(editor: Editor, turn: Turn) -> fx.Node:
     order = [*range(rank - 1)]
     order.insert(max(turn.head, 0), rank - 1)
     return call(aten.permute.default, taken, [*order, rank])
-
-
-def reordered(owner: Tensor, order: Tensor) -> Tensor:
-    """Positions `[D]` to read from, so that the pair `order[j]` comes to stand where pair j stood; `owner: [D]` is the pair of every position."""
-    where = owner.argsort(stable=True).view(len(order), -1)  # [pairs, positions of each]
-    out = torch.empty_like(owner)
-    out[where.flatten()] = where[order].flatten()
-    return out
-

@@ -91,23 +91,37 @@ class DropBlocks(Pass):
         return tuple(SiteResult(site=d.site, action=d.action, bytes_before=d.bytes_before, bytes_after=d.bytes_after, facts=d.facts) for d in plan.decisions)
 
     def _units(self, program: Program) -> list[_Unit]:
-        structure = find_structure(program)
         if self.granularity is Granularity.BLOCK:
-            return [_unit(f"layer {b.layer} block {i}", (b,)) for layer in structure.layers for i, b in enumerate(layer)]
-        return [_unit(f"layer {layer[0].layer}", layer) for layer in structure.layers if layer]
+            return [_unit(f"layer {b.layer} block {i}", (b,)) for layer in find_structure(program).layers for i, b in enumerate(layer)]
+        return list(_layers(program).values())
 
     def _influence(self, program: Program, units: Sequence[_Unit], ctx: Context) -> dict[str, float]:
-        def compute() -> dict[str, Tensor]:
-            return {name: torch.tensor([value], dtype=torch.float64) for name, value in influences(program, units, ctx).items()}
+        return _remembered(program, units, ctx)
 
-        found = remembered(ctx, "influence", [u.name for u in units], program, compute)
-        return {name: float(value) for name, value in found.items()}
+
+def layer_influence(program: Program, ctx: Context) -> dict[int, float]:
+    """Block influence of every residual layer by its number, made once a run."""
+    layers = _layers(program)
+    found = _remembered(program, list(layers.values()), ctx) if layers else {}
+    return {number: found[unit.name] for number, unit in layers.items()}
+
+
+def _layers(program: Program) -> dict[int, _Unit]:
+    return {layer[0].layer: _unit(f"layer {layer[0].layer}", layer) for layer in find_structure(program).layers if layer}
+
+
+def _remembered(program: Program, units: Sequence[_Unit], ctx: Context) -> dict[str, float]:
+    def compute() -> dict[str, Tensor]:
+        return {name: torch.tensor([value], dtype=torch.float64) for name, value in influences(program, units, ctx).items()}
+
+    found = remembered(ctx, "influence", [u.name for u in units], program, compute)
+    return {name: float(value) for name, value in found.items()}
 
 
 def influences(program: Program, units: Sequence[_Unit], ctx: Context) -> dict[str, float]:
     """Block influence of every unit by name, from 0 (does nothing) to 2."""
     if not ctx.calibration:
-        raise CalibrationError("drop_blocks needs calibration data; pass calibration=[batch, ...] with batches shaped like example_inputs")
+        raise CalibrationError("block influence needs calibration data; pass calibration=[batch, ...] with batches shaped like example_inputs")
     names = list(dict.fromkeys(n for u in units for n in (u.source, u.end)))
     runner, total, count = Tapped(program, names), {u.name: 0.0 for u in units}, dict.fromkeys((u.name for u in units), 0)
     with torch.no_grad():

@@ -23,29 +23,57 @@ def ridge_leverage(gram: Tensor, ridge: float = 0.01) -> Tensor:
     return 1 - damping * inverse.diagonal()
 
 
-def greedy_neurons(gram: Tensor, down: Tensor, count: int, block: int = 32) -> Tensor:
-    """`count` neurons, in the order chosen, that explain most of the output `down @ h` of `down: [N, M]` on data of Gram `[M, M]`.
+def greedy_neurons(gram: Tensor, down: Tensor, count: int, block: int = 32) -> tuple[Tensor, Tensor]:
+    """`count` neurons, in the order chosen, that explain most of the output `down @ h` of `down: [N, M]` on data of Gram `[M, M]`, and what each explains.
 
-    Neuron j takes `|down R_j|^2 / R_jj` off the output error, R being the Gram's residual; of `block` candidates at a time those are taken that stay best
-    while the residual is updated by each (pivoted Cholesky). Fewer come back when nothing is left to explain: the rest by their leverage.
+    Neuron j takes `|down R_j|^2 / R_jj` off the squared output error, R being the Gram's residual (a pivoted Cholesky that looks at the output). Of `block`
+    candidates at a time those are taken that stay ahead of the others while they explain away each other's part. Neurons with nothing left to explain come
+    last, by their leverage.
     """
-    residual, outputs = gram.double().clone(), gram.double() @ down.double().t()  # [M, M], [M, N]: R down^T
+    residual = gram.double().clone()
+    outputs = residual @ down.double().t()  # [M, N]: R down^T
     floor = 1e-10 * float(residual.diagonal().max())
-    kept: list[int] = []
+    kept, gained = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
     left = torch.ones(len(residual), dtype=torch.bool)
     while len(kept) < count:
-        diagonal = residual.diagonal()
-        gains = torch.where(left & (diagonal > floor), outputs.square().sum(1) / diagonal.clamp_min(1e-300), torch.zeros(()).double())
-        best = int(gains.argmax())
-        if float(gains[best]) <= 0:
+        gains = _gains(outputs, residual.diagonal(), left, floor)
+        candidates = gains.argsort(descending=True)[: block + 1]
+        picked, own = _best_of(residual, outputs, candidates[:block], float(gains[candidates[-1]]) if len(candidates) > block else 0.0, floor)
+        if len(picked) == 0:
             break
-        kept.append(best)
-        left[best] = False
-        column, pivot = residual[:, best].clone(), float(residual[best, best])
-        outputs -= torch.outer(column / pivot, outputs[best].clone())
-        residual -= torch.outer(column / pivot, column)
+        kept, gained = torch.cat([kept, picked]), torch.cat([gained, own])
+        left[picked] = False
+        share = torch.linalg.solve(residual[picked][:, picked], residual[picked]).t()  # [M, picked]
+        outputs -= share @ outputs[picked]
+        residual -= share @ residual[picked]
+    kept, gained = kept[:count], gained[:count]
     rest = ridge_leverage(gram).masked_fill(~left, -1.0).argsort(descending=True)[: count - len(kept)]
-    return torch.cat([torch.tensor(kept, dtype=torch.int64), rest])
+    return torch.cat([kept, rest]), torch.cat([gained, torch.zeros(len(rest), dtype=torch.float64)])
+
+
+def _gains(outputs: Tensor, diagonal: Tensor, left: Tensor, floor: float) -> Tensor:
+    """What every neuron explains, 0 where it is taken or has nothing of its own."""
+    return torch.where(left & (diagonal > floor), outputs.square().sum(1) / diagonal.clamp_min(1e-300), torch.zeros((), dtype=torch.float64))
+
+
+def _best_of(residual: Tensor, outputs: Tensor, candidates: Tensor, ahead: float, floor: float) -> tuple[Tensor, Tensor]:
+    """Candidates one after another, each given those before it, while the best still explains more than `ahead`."""
+    r, o = residual[candidates][:, candidates].clone(), outputs[candidates].clone()
+    left = torch.ones(len(candidates), dtype=torch.bool)
+    picked: list[int] = []
+    gained: list[float] = []
+    while bool(left.any()):
+        gains = _gains(o, r.diagonal(), left, floor)
+        best = int(gains.argmax())
+        if float(gains[best]) <= 0 or (picked and float(gains[best]) < ahead):
+            break
+        picked.append(best)
+        gained.append(float(gains[best]))
+        left[best] = False
+        share = r[:, best].clone() / r[best, best]
+        o -= torch.outer(share, o[best].clone())
+        r -= torch.outer(share, r[best].clone())
+    return candidates[torch.tensor(picked, dtype=torch.int64)], torch.tensor(gained, dtype=torch.float64)
 
 
 def nystrom(gram: Tensor, down: Tensor, kept: Tensor) -> Tensor:
@@ -70,26 +98,20 @@ def output_error(gram: Tensor, old: Tensor, new: Tensor) -> float:
     return max(float(((delta @ c) * delta).sum()) / max(float(((old.double() @ c) * old).sum()), 1e-300), 0.0) ** 0.5
 
 
-def pair_scores(query_energy: Tensor, key_energy: Tensor, *, interleaved: bool = False) -> Tensor:
-    """Score of every rotary pair of a key head, `[D / 2]`, from mean squares of the queries `[G, D]` that share it and of the key `[D]`.
+def pair_scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """Score of every rotary pair of a key head, `[P]`, from the energies of the pairs in the queries `[G, P]` that share it and in the key `[P]`.
 
-    Pairs are channels i and i + D/2, or 2i and 2i + 1 when `interleaved`. A rotation keeps a pair's energy, so the score is the same before and after it.
+    A rotation keeps a pair's energy (the mean square of both channels together), so the score is the same before and after it.
     """
-    queries, key = _pairs(query_energy.double(), interleaved), _pairs(key_energy.double(), interleaved)
-    return (queries * key).square().sum(0).sqrt()
+    return (queries.double() * keys.double()).square().sum(0).sqrt()
 
 
-def channel_scores(query_energy: Tensor, key_energy: Tensor) -> Tensor:
+def channel_scores(queries: Tensor, keys: Tensor) -> Tensor:
     """Score of every channel of a key head without rotary embedding, `[D]`, from mean squares of the queries `[G, D]` that share it and of the key `[D]`.
 
     For one head `sqrt(C_q,ii C_k,ii)`: the norms of the columns of the Grams' symmetric roots are the roots of their diagonals.
     """
-    return (query_energy.double() * key_energy.double()).sum(0).sqrt()
-
-
-def _pairs(energy: Tensor, interleaved: bool) -> Tensor:
-    half = energy.shape[-1] // 2
-    return energy.unflatten(-1, (half, 2)).sum(-1) if interleaved else energy.unflatten(-1, (2, half)).sum(-2)
+    return (queries.double() * keys.double()).sum(0).sqrt()
 
 
 def value_output(gram: Tensor, value: Tensor, outputs: Tensor, rank: int) -> tuple[Tensor, Tensor]:

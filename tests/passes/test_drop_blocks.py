@@ -88,7 +88,7 @@ def test_bad_requests_are_refused(name: str, spec: str, error: type[Exception], 
 
 
 def test_data_are_asked_for_by_name() -> None:
-    with pytest.raises(CalibrationError, match="drop_blocks needs calibration data"):
+    with pytest.raises(CalibrationError, match="block influence needs calibration data"):
         fxpress.optimize(fresh_program("llama"), "drop_blocks{count=1}")
 
 

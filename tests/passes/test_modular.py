@@ -54,17 +54,19 @@ def test_all_neurons_are_exact_and_singular_grams_are_no_error() -> None:
     everything = torch.arange(NEURONS)
     assert torch.allclose(nystrom(GRAM, DOWN, everything), DOWN, atol=1e-3)
     few = _gram(_hidden(tokens=5))
-    kept = greedy_neurons(few, DOWN, 12)
+    kept, _ = greedy_neurons(few, DOWN, 12)
     assert len(set(kept.tolist())) == 12
     assert output_error(few, DOWN, _slice(kept, nystrom(few, DOWN, kept))) < 1e-2  # five tokens need five neurons
 
 
 def test_greedy_choice_beats_leverage_on_the_output() -> None:
     for count in (16, 24, 32):
-        kept = greedy_neurons(GRAM, DOWN, count)
+        kept, gains = greedy_neurons(GRAM, DOWN, count)
         by_leverage = ridge_leverage(GRAM).argsort(descending=True)[:count]
         ours, theirs = (output_error(GRAM, DOWN, _slice(k, nystrom(GRAM, DOWN, k))) for k in (kept, by_leverage))
         assert len(set(kept.tolist())) == count and ours < theirs
+        power = float(((DOWN.double() @ GRAM.double()) * DOWN).sum())
+        assert float(gains.sum()) == pytest.approx((1 - ours**2) * power, rel=1e-5)  # what was gained is what the refit explains
 
 
 def _rotated(x: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
@@ -74,14 +76,20 @@ def _rotated(x: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
     return torch.stack([first, second], -1).flatten(1) if interleaved else torch.cat([first, second], -1)
 
 
+def _pairs(x: Tensor, interleaved: bool) -> Tensor:
+    """Energies of the rotary pairs of `x: [T, D]`."""
+    energy = x.square().mean(0)
+    return energy.view(-1, 2).sum(1) if interleaved else energy.view(2, -1).sum(0)
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotation_does_not_change_pair_scores(interleaved: bool) -> None:
     generator = torch.Generator().manual_seed(2)
     q, k = torch.randn(2, 300, 8, generator=generator, dtype=torch.float64) * torch.linspace(0.1, 3, 8, dtype=torch.float64)
     angles = torch.rand(300, 4, generator=generator, dtype=torch.float64) * 6.28
-    before = pair_scores(q.square().mean(0).unsqueeze(0), k.square().mean(0), interleaved=interleaved)
+    before = pair_scores(_pairs(q, interleaved).unsqueeze(0), _pairs(k, interleaved))
     turned = [_rotated(x, angles, interleaved) for x in (q, k)]
-    after = pair_scores(turned[0].square().mean(0).unsqueeze(0), turned[1].square().mean(0), interleaved=interleaved)
+    after = pair_scores(_pairs(turned[0], interleaved).unsqueeze(0), _pairs(turned[1], interleaved))
     assert torch.allclose(before, after, rtol=1e-12) and before.shape == (4,)
 
 
