@@ -1,9 +1,10 @@
-"""Perplexity of SmolLM2-135M-Instruct with its linears factorized, without retraining: every method at the same share of the linears' parameters, one run.
+"""Language models and sentence encoders with their linears made smaller, with and without healing: every method at the same share of the parameters.
 
-    python benchmarks/factorization_lm.py [--windows 8] [--calibration 16] [--only "80 %"] [--methods SVD] [--out FILE]
+    python benchmarks/factorization_lm.py [--model smollm2|minilm] [--windows 8] [--only "80 %"] [--methods SVD] [--seconds 3600]
 
-Writes benchmarks/results/factorization_lm.json, row by row; rows that the file holds already are kept and not run again. Calibration windows come from even
-articles, evaluation windows from odd ones, 512 tokens each. Every linear of the blocks is factorized to the same ratio; the head is tied and stays.
+Rows go to benchmarks/results/factorization_MODEL.json one by one; rows that the file holds are kept, so a run that dies goes on. Calibration and healing use
+even articles, evaluation odd ones. Shares are of the linears inside the blocks; the head is tied and stays. Every row also has the share of
+the whole model's parameters and bytes.
 """
 
 from __future__ import annotations
@@ -11,88 +12,131 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import sentence_quality
 
-import fxpress
 from fxpress.ir.chain import aten
 from fxpress.ir.program import Program
+from fxpress.passes.base import parse_pass
+from fxpress.passes.calibrate import as_calls
+from fxpress.passes.context import Context
+from fxpress.passes.examples import as_examples
+from fxpress.passes.pipeline import run_pipeline
 from fxpress.runtime import zoo
 from fxpress.runtime.demo import WINDOW, calibration_batches, load_demo
-from fxpress.runtime.language import Logits, compare_logits, logits_of, perplexity
+from fxpress.runtime.language import compare_logits, logits_of, perplexity
 
+RESULTS = Path(__file__).with_name("results")
 RATIOS = (0.9, 0.8, 0.7, 0.6)
-METHODS = {
-    "plain SVD": "factorize_svd{ratio=%s,metric=weight}",
-    "whitened SVD": "factorize_svd{ratio=%s,sequential=false}",
-    "whitened SVD, sequential": "factorize_svd{ratio=%s}",
-    "MPO t=2, weight only": "factorize_mpo{ratio=%s,family=2,metric=weight}",
-    "MPO t=8, weight only": "factorize_mpo{ratio=%s,family=8,metric=weight}",
-    "MPO balanced, weight only (CompactifAI)": "factorize_mpo{ratio=%s,family=0,metric=weight}",
-    "MPO t=2, refined": "factorize_mpo{ratio=%s,family=2}",
-    "MPO t=4, refined": "factorize_mpo{ratio=%s,family=4}",
-    "MPO t=8, refined": "factorize_mpo{ratio=%s,family=8}",
-    "MPO, best member": "factorize_mpo{ratio=%s}",
+PUBLISHED = "decompose_modules{ratio=%s,neurons=leverage,values=own,pairs=norms,refit=nystrom,allocation=entropic}"
+OURS = "decompose_modules{ratio=%s}"
+HEAL = "recover{steps=24,lr=2e-4,evaluate_every=12}"
+METHODS: dict[str, list[str]] = {
+    "plain SVD": ["factorize_svd{ratio=%s,metric=weight}"],
+    "whitened SVD": ["factorize_svd{ratio=%s,sequential=false}"],
+    "whitened SVD, sequential": ["factorize_svd{ratio=%s}"],
+    "MPO t=2, weight only": ["factorize_mpo{ratio=%s,family=2,metric=weight}"],
+    "MPO t=4, weight only": ["factorize_mpo{ratio=%s,family=4,metric=weight}"],
+    "MPO t=8, weight only": ["factorize_mpo{ratio=%s,family=8,metric=weight}"],
+    "MPO balanced, weight only (CompactifAI)": ["factorize_mpo{ratio=%s,family=0,metric=weight}"],
+    "MPO t=2, refined": ["factorize_mpo{ratio=%s,family=2}"],
+    "MPO t=4, refined": ["factorize_mpo{ratio=%s,family=4}"],
+    "MPO t=8, refined": ["factorize_mpo{ratio=%s,family=8}"],
+    "MPO, best member": ["factorize_mpo{ratio=%s}"],
+    "MoDeGPT as published": [PUBLISHED],
+    "MoDeGPT, uniform": [PUBLISHED.replace("entropic", "uniform")],
+    "ours: decompose_modules": [OURS],
+    "whitened SVD, sequential, healed": ["factorize_svd{ratio=%s}", HEAL],
+    "MoDeGPT as published, healed": [PUBLISHED, HEAL],
+    "ours: decompose_modules, healed": [OURS, HEAL],
 }
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A dense program, its data and what a run remembers (one context for all rows: decompositions are made once), and what a small program scores."""
+
+    program: Program
+    context: Context
+    score: Callable[[Program], dict[str, float]]
+    facts: dict[str, Any]
+
+
+def smollm2(windows: int) -> Bench:
+    """Perplexity over windows of 512 tokens; divergence from the dense model on two of them."""
+    data = load_demo()
+    program = data.source.capture()
+    articles = zoo.wikipedia_articles()
+    evaluation = zoo.token_windows(data.source.tokenizer, articles[1::2], length=WINDOW, count=windows)
+    training = zoo.token_windows(data.source.tokenizer, articles[0::2], length=WINDOW, count=56)
+    dense = logits_of(program)
+
+    def score(small: Program) -> dict[str, float]:
+        agreement = compare_logits(dense, logits_of(small), evaluation[:2])
+        return {"perplexity": perplexity(logits_of(small), evaluation, batch=2).perplexity, "kl": agreement.kl, "top1": agreement.top1_agreement}
+
+    context = _context(program, calibration_batches(data.calibration[:16]), calibration_batches(training))
+    return Bench(program, context, score, {"windows": len(evaluation), "calibration_windows": 16})
+
+
+def minilm(windows: int) -> Bench:
+    """Cosines of sentence embeddings with the dense model's on held-out passages, and agreement with people on Lee-50."""
+    source = sentence_quality.minilm()
+    more = sentence_quality.minilm(passages=512).calibration
+    program = source.capture()
+    return Bench(program, _context(program, source.calibration, more), sentence_quality.score, {"passages": 200, "calibration_passages": 128})
+
+
+def _context(program: Program, calibration: Sequence[Any], training: Sequence[Any]) -> Context:
+    return Context(calibration=as_calls(calibration, program.inputs), training=as_examples(training, program.inputs))
 
 
 def main() -> None:
     """Run every method at every ratio that the file does not hold yet."""
-    results = Path(__file__).with_name("results")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--windows", type=int, default=8, help="evaluation windows of 512 tokens")
-    parser.add_argument("--calibration", type=int, default=16, help="calibration windows of 512 tokens, 16 at most")
+    parser.add_argument("--model", choices=("smollm2", "minilm"), default="smollm2")
+    parser.add_argument("--windows", type=int, default=8, help="evaluation windows of 512 tokens (smollm2)")
     parser.add_argument("--only", default="", help="run ratios whose name contains this")
-    parser.add_argument("--methods", default="", help="run methods whose name contains this")
-    parser.add_argument("--out", type=Path, default=results / "factorization_lm.json", help="where the rows go")
+    parser.add_argument("--methods", nargs="*", default=[""], help="run methods whose name contains one of these")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after so many seconds")
     arguments = parser.parse_args()
-    data = load_demo()
-    program = data.source.capture()
-    evaluation = zoo.token_windows(data.source.tokenizer, zoo.wikipedia_articles()[1::2], length=WINDOW, count=arguments.windows)
-    calibration = calibration_batches(data.calibration[: arguments.calibration])
-    dense = logits_of(program)
-    facts = {"windows": len(evaluation), "calibration_windows": min(arguments.calibration, len(data.calibration))}
-    rows: list[dict[str, Any]] = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
+    bench = {"smollm2": smollm2, "minilm": minilm}[arguments.model](arguments.windows)
+    out, began = RESULTS / f"factorization_{arguments.model}.json", time.perf_counter()
+    rows: list[dict[str, Any]] = json.loads(out.read_text()) if out.exists() else []
     if not rows:
-        rows = [
-            {"ratio": "", "method": "dequantized fp32", "perplexity": perplexity(dense, evaluation, batch=2).perplexity, "linears": _linears(program)} | facts
-        ]
-    for ratio in RATIOS:
-        for method, spec in METHODS.items():
-            name = f"{100 * ratio:.0f} %"
-            wanted = arguments.only in name and arguments.methods.lower() in method.lower()
-            if wanted and not any((r["ratio"], r["method"]) == (name, method) for r in rows):
-                rows.append({"ratio": name, "method": method} | _row(name, method, spec % ratio, program, calibration, evaluation, dense) | facts)
-                arguments.out.parent.mkdir(exist_ok=True)
-                arguments.out.write_text(json.dumps(rows, indent=1))
+        rows = [{"ratio": "", "method": "dense"} | bench.score(bench.program) | {"linears": linears(bench.program)} | bench.facts]
+    for method, specs in METHODS.items():
+        for ratio in (r for r in RATIOS if arguments.only in f"{100 * r:.0f} %"):
+            known = any((r["ratio"], r["method"]) == (f"{100 * ratio:.0f} %", method) for r in rows)
+            if not known and any(m.lower() in method.lower() for m in arguments.methods) and time.perf_counter() - began < arguments.seconds:
+                rows.append(row(bench, f"{100 * ratio:.0f} %", method, [s % ratio if "%s" in s else s for s in specs]))
+                out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def _linears(program: Program) -> int:
+def linears(program: Program) -> int:
     """Parameters of the linears, the tied head left out."""
     return sum(s.parameters for s in program.sites() if s.node.target is aten.linear.default and not s.tied)
 
 
-def _row(ratio: str, method: str, spec: str, program: Program, calibration: list[dict[str, Tensor]], evaluation: Tensor, dense: Logits) -> dict[str, Any]:
+def row(bench: Bench, ratio: str, method: str, specs: list[str]) -> dict[str, Any]:
+    """One recipe: what it scores, what it keeps, and how long it took."""
     began = time.perf_counter()
-    result = fxpress.optimize(program, [spec], calibration=calibration)
+    result = run_pipeline(bench.program, [parse_pass(s) for s in specs], bench.context)
     seconds = time.perf_counter() - began
-    small = logits_of(result.program)
-    agreement = compare_logits(dense, small, evaluation[:2])
     taken = result.reports[0].taken
-    row = {
-        "spec": spec,
-        "perplexity": perplexity(small, evaluation, batch=2).perplexity,
-        "kl": agreement.kl,
-        "top1": agreement.top1_agreement,
-        "linears_kept": _linears(result.program) / _linears(program),
-        "bytes_kept": result.program.nbytes / program.nbytes,
-        "members": {f"t={t:g}": sum(r.facts.get("t") == t for r in taken) for t in sorted({r.facts["t"] for r in taken if "t" in r.facts})},
-        "seconds": seconds,
-    }
-    print(f"{ratio:<6} {method:<40} {row['perplexity']:11.3f} {row['kl']:8.4f} {row['linears_kept']:6.3f} {seconds:8.1f}", flush=True)
-    return row
+    members = {f"t={t:g}": sum(r.facts.get("t") == t for r in taken) for t in sorted({r.facts["t"] for r in taken if "t" in r.facts})}
+    found = {
+        "ratio": ratio, "method": method, "specs": specs, **bench.score(result.program),
+        "linears_kept": linears(result.program) / linears(bench.program), "parameters_kept": result.program.parameters / bench.program.parameters,
+        "bytes_kept": result.program.nbytes / bench.program.nbytes, "members": members, "seconds": seconds, **bench.facts,
+    }  # fmt: skip
+    quality = "  ".join(f"{k} {v:.4f}" for k, v in found.items() if k in ("perplexity", "kl", "cosine_mean", "pearson"))
+    print(f"{ratio:<6} {method:<40} {quality}  linears {found['linears_kept']:.3f}  {seconds:.0f} s", flush=True)
+    return found
 
 
 if __name__ == "__main__":
