@@ -19,7 +19,7 @@ from ...ir.finders.flow import is_add
 from ...ir.sites import SiteKind, WeightSite
 from ..calibrate import CalibrationWalk, site_groups
 from ..context import Context
-from .compensate import RIDGES, why_not
+from .compensate import least_ridge, why_not
 from .groups import Consumer, Group
 from .obs import damped
 from .scores import observable
@@ -131,13 +131,7 @@ def choose_ridge(weight: Tensor, folds: Sequence[Aim], stays: Tensor) -> float:
     def held_out(ridge: float) -> float:
         return sum(judged.error(refit(weight, fitted, stays, ridge)) for fitted, judged in (folds, folds[::-1]))
 
-    best, lowest = RIDGES[0], held_out(RIDGES[0])
-    for ridge in RIDGES[1:]:
-        error = held_out(ridge)
-        if error >= lowest:
-            break
-        best, lowest = ridge, error
-    return best
+    return least_ridge(held_out)
 
 
 def refit(weight: Tensor, aim: Aim, stays: Tensor, ridge: float) -> Tensor:

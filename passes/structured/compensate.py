@@ -9,7 +9,7 @@ plain removal 38.1).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -120,6 +120,11 @@ def choose_ridge(weight: Tensor, folds: Sequence[Moments], stays: Tensor) -> flo
             total += judged.error(lost, lost @ fitted.mean)
         return total
 
+    return least_ridge(held_out)
+
+
+def least_ridge(held_out: Callable[[float], float]) -> float:
+    """The ridge of least error, from no fit downwards while it falls."""
     best, lowest = RIDGES[0], held_out(RIDGES[0])
     for ridge in RIDGES[1:]:
         error = held_out(ridge)
