@@ -31,7 +31,7 @@ from .memory import Tensors, remembered
 from .modules.facts import Neurons, Pairs, Recipe, Values, maps_keys, module_facts, order_key, score_key
 from .modules.finding import Found, Module, Part, find_modules, find_tables, give_own_tables
 from .modules.refits import refit_by_nystrom
-from .structured.amounts import STEPS, Counts, Limits, Schedule, choose_indices, first_indices, ranked, refuse_budget
+from .structured.amounts import STEPS, Counts, Limits, Schedule, change, choose_indices, first_indices, ranked, refuse_budget
 from .structured.anchor import compensate_anchored
 from .structured.compensate import Compensation, compensate
 from .structured.groups import Group, cut
@@ -129,8 +129,7 @@ class DecomposeModules(Pass):
             errors = self._refit(editor, modules, kept, ctx)
         cut(program, {m.group: k for m, k in kept.items()}, self.to_spec(), "modular decomposition")
         left = analyze_axes(program).macs()
-        changes = [f"{what} {a:,} -> {b:,} ({b / a:.1%})" for what, a, b in (("parameters", before, program.parameters), ("multiply-accumulates", work, left))]
-        ctx.remarks.append(", ".join(changes))
+        ctx.remarks.append(f"parameters {change(before, program.parameters)}, multiply-accumulates {change(work, left)}")
         return tuple(_result(m, k, facts, errors) for m, k in kept.items())
 
     def _found(self, program: Program, ctx: Context) -> Found:
@@ -214,8 +213,8 @@ class DecomposeModules(Pass):
         names, why = maps_keys(module), "exact change of basis: what matters least comes last"
         if names[0] in facts:
             assert module.heads is not None
-            change = change_values if module.part is Part.VALUE_OUTPUT else change_scores
-            change(editor, module.heads, module.axis, facts[names[0]], facts[names[1]], why)
+            rebase = change_values if module.part is Part.VALUE_OUTPUT else change_scores
+            rebase(editor, module.heads, module.axis, facts[names[0]], facts[names[1]], why)
         elif order_key(module) in facts:
             assert module.heads is not None
             order_channels(editor, module.heads, module.axis, facts[order_key(module)], "exact change of order: what matters least comes last")

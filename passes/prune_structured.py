@@ -22,7 +22,7 @@ from ..ir.structure import Role, find_structure
 from .base import Decision, Guarantee, Pass, Plan, SiteResult, Skip
 from .context import Context
 from .memory import remembered
-from .structured.amounts import Counts, Limits, Ranking, Schedule, choose_indices, first_indices, ranked, refuse_budget, uniform
+from .structured.amounts import Counts, Limits, Ranking, Schedule, change, choose_indices, first_indices, ranked, refuse_budget, uniform
 from .structured.budgets import Budget, measure
 from .structured.compensate import Compensation, compensate, why_not
 from .structured.groups import Group, cut, find_groups
@@ -88,7 +88,7 @@ class PruneStructured(Pass):
                 errors = compensate(editor, kept, how, ctx)
         self._cut(program, kept)
         left = analyze_axes(program).macs()
-        ctx.remarks.append(f"parameters {_change(before, program.parameters)}, multiply-accumulates {_change(work, left)}")
+        ctx.remarks.append(f"parameters {change(before, program.parameters)}, multiply-accumulates {change(work, left)}")
         return tuple(_result(g, k, scores[g], errors) for g, k in kept.items())
 
     def _groups(self, program: Program) -> _Found:
@@ -190,7 +190,3 @@ def _result(group: Group, kept: Tensor, scores: Tensor, errors: Mapping[str, flo
     mine = [errors[c.site.name] for c in group.consumers if c.site.name in errors]
     facts = dict(decision.facts) | {"importance_removed": share} | ({"output_error": max(mine)} if mine else {})
     return SiteResult(site=group.name, action=decision.action, bytes_before=decision.bytes_before, bytes_after=decision.bytes_after, facts=facts)
-
-
-def _change(before: int, after: int) -> str:
-    return f"{before:,} -> {after:,} ({after / before:.1%})"

@@ -131,6 +131,11 @@ def refuse_budget(name: str, target: float, best: float) -> PassError:
     )
 
 
+def change(before: int, after: int) -> str:
+    """Two amounts and the share that is left, for a report."""
+    return f"{before:,} -> {after:,} ({after / before:.1%})"
+
+
 def first_indices(counts: Counts) -> dict[Group, Tensor]:
     """Stand-ins where only sizes matter: the first indices of every group that loses some."""
     return {g: torch.arange(k) for g, k in counts.items() if k < g.size}
