@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lscd_gpu import CUDA, DEVICE, replayed, timed, weights
+from lscd_forms import CUDA, DEVICE, weights
+from lscd_gpu import replayed, timed
 from torch import Tensor
 
 from fxpress.codegen.triton_target.layout import Packed

@@ -10,21 +10,23 @@ from torch import Tensor
 
 from .kernels.matmul import lscd_decode, lscd_matmul
 from .kernels.reduce import reduce_splits
-from .layout import TILED, Packed
-from .schedule import Schedule
+from .layout import TILED, Packed, Structure
+from .schedule import Schedule, hopper
 from .slots import CHUNK, add_slots
 
+_LATE = (Structure.BITMAP, Structure.BALANCED)  # rebuilt pair by pair in the lanes that multiply them
 NATIVE = os.environ.get("TRITON_INTERPRET", "0") != "1"  # the interpreter knows no inline assembly
 
 
-def variant(packed: Packed) -> dict[str, Any]:
-    """Compile-time arguments that both kernels share."""
+def variant(packed: Packed, wgmma: bool) -> dict[str, Any]:
+    """Compile-time arguments that both kernels share. `wgmma`: the matrix instruction is Hopper's, whose left side the compiler lays out from registers."""
     bits = packed.values_kind.bits
     element = 8 * packed.values.element_size() // bits  # values that an element of `values` holds
     return {
         "BM": packed.tile.rows, "BK": packed.tile.columns, "PAIRS": packed.pairs, "COUNT": 2 * packed.pairs // element, "STRUCTURE": packed.structure.value,
         "VALUES": packed.values_kind.value if packed.entries else bits, "ENTRIES": packed.entries, "PER_GROUP": packed.group,
         "SCALED": packed.grid.numel() > 0, "WIDE": packed.grid.shape[-1] == 2, "SHIFTED": packed.zeroed, "CONSTANT": packed.shift,
+        "REGISTERS": packed.structure in _LATE or (wgmma and packed.structure is Structure.DENSE), "WGMMA": wgmma,
         "BF16": packed.dtype is torch.bfloat16, "NATIVE": NATIVE,
     }  # fmt: skip
 
@@ -43,7 +45,7 @@ def matmul(packed: Packed, x: Tensor, bias: Tensor | None, schedule: Schedule) -
         *packed.tensors, x if NATIVE or x.dtype is not torch.bfloat16 else x.view(torch.int16), x if bias is None else bias, y, rows, tokens, packed.columns,
         packed.tiles, packed.groups, turns, BN=schedule.tokens, GROUPED=packed.groups > 1, BIASED=bias is not None and alone,
         EVEN=packed.columns % packed.tile.columns == 0, SLOTS=CHUNK if packed.slots.numel() else 0, STAGES=schedule.stages, num_warps=schedule.warps,
-        num_stages=schedule.stages, **variant(packed),
+        num_stages=schedule.stages, **variant(packed, hopper(packed.values.device)),
     )  # fmt: skip
     if alone:
         return y.to(x.dtype)
@@ -56,7 +58,15 @@ def decode(packed: Packed) -> Tensor:
     """The dense weight `[M, K]` in its dtype."""
     out = torch.empty((packed.rows, packed.columns), dtype=packed.dtype if NATIVE else torch.float32, device=packed.values.device)
     grid = (-(-packed.rows // packed.tile.rows), packed.tiles)
-    lscd_decode[grid](*(getattr(packed, name) for name in TILED), out, packed.rows, packed.columns, packed.tiles, packed.groups, **variant(packed))
+    lscd_decode[grid](
+        *(getattr(packed, name) for name in TILED),
+        out,
+        packed.rows,
+        packed.columns,
+        packed.tiles,
+        packed.groups,
+        **variant(packed, hopper(packed.values.device)),
+    )
     dense = out.to(packed.dtype)
     if packed.slots.numel():
         add_slots(dense, packed.slots, packed.slot_values, packed.slot_starts, packed.tile.rows)

@@ -18,6 +18,7 @@ from ...ir.errors import LowerError
 
 TILED = ("words", "starts", "offsets", "values", "codebook", "grid")  # tensors of a packed weight that hold its tiles, as the kernels take them
 TENSORS = (*TILED, "slots", "slot_values", "slot_starts")
+LOAD_BITS = 128  # that a lane loads at a time
 WORD = 32  # columns of one presence word
 SMALLEST_KEEP = 4  # places of a balanced word
 WHOLE_ROW = 1 << 20  # tiles of a group that never ends
@@ -113,9 +114,38 @@ class Packed:
         return self.grid.shape[1] if self.grid.dim() == 3 else 1
 
 
-def word_room(most: int) -> int:
-    """Places of a balanced word that holds `most` values: a power of two."""
-    return max(SMALLEST_KEEP, 1 << (most - 1).bit_length())
+def word_room(most: int, bits: int) -> int:
+    """Places of a balanced word that holds `most` values of `bits` bits: a power of two, 32 bits at least."""
+    return max(SMALLEST_KEEP, WORD // bits, 1 << (most - 1).bit_length())
+
+
+def lane_words(words: int) -> int:
+    """Words of a tile that one lane of the kernel holds: those `words / lane_words` apart, so that lanes side by side hold words side by side."""
+    return max(1, min(4, words // 128))
+
+
+def by_eight_rows(words: Tensor) -> Tensor:
+    """Words `[..., rows, words of a row, places]` -> `[..., words, places]`, the same word of eight rows side by side.
+
+    The lanes of a matrix instruction hold eight rows: so they read different banks of shared memory.
+    """
+    return words.unflatten(-3, (-1, 8)).transpose(-2, -3).flatten(-4, -2)
+
+
+def values_by_lanes(values: Tensor, bits: int) -> Tensor:
+    """Values `[..., words, places]` of `bits` bits, flat, as lanes load them, 16 bytes at a time: each lane gets the values of its own words."""
+    *_, words, places = values.shape
+    apart = values.unflatten(-2, (lane_words(words), -1))  # [..., words of a lane, lanes, places]
+    if places * bits < LOAD_BITS:
+        return apart.transpose(-2, -3).flatten(-3)
+    return apart.unflatten(-1, (-1, LOAD_BITS // bits)).transpose(-2, -3).flatten(-4)
+
+
+def fragment_order(tiles: Tensor, bits: int) -> Tensor:
+    """Dense tiles `[..., rows, columns]` of `bits` bits, flat, as the lanes of a matrix instruction hold them (kernels/fragments.py)."""
+    columns = min(tiles.shape[-1], max(32, 2 * LOAD_BITS // bits))  # a lane has 8 of 32 columns of 2 rows
+    blocks = tiles.unflatten(-1, (-1, columns // 32, 2, 2, 4, 2)).unflatten(-7, (-1, 2, 8))  # [..., R, 8s, r | chunks, 32s, 16s, 8s, c, 1s]
+    return blocks.movedim((-6, -9, -7, -2, -5, -8, -4, -3, -1), tuple(range(-9, 0))).flatten(-9)
 
 
 def cut(matrix: Tensor, tile: Tile) -> Tensor:
@@ -140,10 +170,7 @@ def stored_words(values: Tensor, kind: Values) -> Tensor:
     """Values `[..., C]` (16-bit floats, or codes as uint8) as the words that a kernel loads."""
     if kind is Values.HALF:
         return values.contiguous().view(torch.int32)
-    if kind is Values.SHARED:
-        low, high = values.unflatten(-1, (-1, 2)).unbind(-1)
-        return low | (high << 4)
-    order = tuple(range(8)) if kind is Values.ROWS else _PAIR_ORDER[kind.bits]
+    order = tuple(range(8)) if kind in (Values.SHARED, Values.ROWS) else _PAIR_ORDER[kind.bits]
     codes = values.unflatten(-1, (-1, len(order)))[..., list(order)].to(torch.int64)
     return _int32((codes << (kind.bits * torch.arange(len(order), device=values.device))).sum(-1))
 

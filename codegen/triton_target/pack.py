@@ -16,13 +16,16 @@ from .layout import (
     Structure,
     Tile,
     Values,
+    by_eight_rows,
     byte_selectors,
     cut,
+    fragment_order,
     kept_first,
     presence_words,
     stored_words,
     two_of_four,
     two_of_four_mask,
+    values_by_lanes,
     word_room,
 )
 from .slots import Outliers, slots_of
@@ -94,14 +97,14 @@ def _fitting(source: Source, tile: Tile) -> Tile:
 
 
 def _codebook(source: Source) -> Tensor:
-    """`[256] int32` pairs of a shared table, or `[N, 4] int32` rows of bytes with 128 added."""
+    """`[N, 4] int32` rows of bytes with 128 added, or `[4] int64` of a shared table: the low bytes of four entries, then their high bytes."""
     if source.table is None:
         return _none(torch.int32)
     if source.kind is Values.ROWS:
         entries = (source.table.to(torch.int32) + 128).to(torch.uint8)
         return F.pad(entries, (0, 16 - entries.shape[1])).contiguous().view(torch.int32)
-    entries = F.pad(source.table[0].to(source.dtype), (0, 16 - source.table.shape[1])).view(torch.int16)
-    return torch.stack([entries.repeat(16), entries.repeat_interleave(16)], -1).contiguous().view(torch.int32).flatten()
+    entries = F.pad(source.table[0].to(source.dtype), (0, 16 - source.table.shape[1]))
+    return entries.contiguous().view(torch.uint8).unflatten(0, (4, 4, 2)).transpose(1, 2).flatten().view(torch.int64)
 
 
 def _grid(source: Source) -> tuple[Tensor, int]:
@@ -120,7 +123,8 @@ def _grid(source: Source) -> tuple[Tensor, int]:
 
 
 def _dense(packed: Packed, tiles: Tensor, taken: Tensor) -> Packed:
-    return replace(packed, values=stored_words(tiles, packed.values_kind).flatten())
+    kind = packed.values_kind
+    return replace(packed, values=stored_words(fragment_order(tiles, kind.bits), kind).flatten())
 
 
 def _pairs_of_four(packed: Packed, tiles: Tensor, taken: Tensor) -> Packed:
@@ -135,10 +139,10 @@ def _pairs_of_four(packed: Packed, tiles: Tensor, taken: Tensor) -> Packed:
 def _balanced(packed: Packed, tiles: Tensor, taken: Tensor) -> Packed:
     """Room for a power of two of values a word, the largest count in the matrix or more."""
     most = int(taken.unflatten(-1, (-1, WORD)).sum(-1).max())
-    keep = word_room(most)
-    kept = _kept(packed, tiles, taken, WORD, keep)
-    words = presence_words(taken)
-    return replace(packed, pairs=packed.pairs * keep // WORD, words=words.flatten(), values=stored_words(kept, packed.values_kind).flatten())
+    keep = word_room(most, packed.values_kind.bits)
+    kept = by_eight_rows(_kept(packed, tiles, taken, WORD, keep).unflatten(-1, (-1, keep)))
+    values = stored_words(values_by_lanes(kept, packed.values_kind.bits), packed.values_kind)
+    return replace(packed, pairs=packed.pairs * keep // WORD, words=presence_words(taken).flatten(), values=values.flatten())
 
 
 def _kept(packed: Packed, tiles: Tensor, taken: Tensor, width: int, room: int) -> Tensor:
@@ -147,15 +151,16 @@ def _kept(packed: Packed, tiles: Tensor, taken: Tensor, width: int, room: int) -
 
 
 def _bitmap(packed: Packed, tiles: Tensor, taken: Tensor) -> Packed:
-    """Values of a tile in row-major order behind one unused place; every tile begins on 16 bytes."""
-    words = presence_words(taken)
-    counts = taken.unflatten(-1, (-1, WORD)).sum(-1).flatten(-2)  # [row tiles, column tiles, words of a tile]
-    starts = counts.cumsum(-1) - counts
+    """Values of a tile word by word (`by_eight_rows`) behind one unused place; every tile begins on 16 bytes."""
+    words, shape = presence_words(taken), taken.shape
+    tiles, taken = (by_eight_rows(t.unflatten(-1, (-1, WORD))).flatten(-2) for t in (tiles, taken))
+    counts = taken.unflatten(-1, (-1, WORD)).sum(-1)  # [row tiles, column tiles, words of a tile]
+    starts = (counts.cumsum(-1) - counts).unflatten(-1, (shape[-2] // 8, -1, 8)).transpose(-1, -2)
     totals = counts.sum(-1).flatten()
     unit = 8 * UNIT_BYTES // packed.values_kind.bits
     units = (totals + 1 + unit - 1) // unit
     offsets = F.pad(units.cumsum(0), (1, 0))
-    flat, present = tiles.flatten(0, 1).flatten(1), taken.flatten(0, 1).flatten(1)
+    flat, present = tiles.flatten(0, 1), taken.flatten(0, 1)
     base = (offsets[:-1] * unit + 1).unsqueeze(1)
     stream = flat.new_zeros(int(offsets[-1]) * unit)
     stream[(base + present.cumsum(1) - 1)[present]] = flat[present]

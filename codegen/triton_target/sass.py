@@ -19,11 +19,19 @@ from ...ir.errors import LowerError
 from .kernels.matmul import lscd_matmul
 from .launch import variant
 from .layout import TENSORS, Packed
-from .schedule import Schedule
+from .schedule import HOPPER, Schedule
 from .slots import CHUNK
 
 WARP = 32
-_TYPES = {torch.int32: "*i32", torch.int16: "*i16", torch.uint8: "*u8", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+_TYPES = {
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.uint8: "*u8",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+}
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?);")
 _LABEL = re.compile(r"^(\.L_\S+):")
 _BRANCH = re.compile(r"\bBRA\b.*?`\((\.L_\S+?)\)")
@@ -71,7 +79,7 @@ def _compile(packed: Packed, architecture: int, schedule: Schedule) -> Any:
     """Pointers are told to be aligned to 16 bytes, M and K to be multiples of 16: without that no copy is asynchronous."""
     if not hasattr(lscd_matmul, "arg_names") or not callable(getattr(lscd_matmul, "warmup", None)):
         raise LowerError("compiling ahead of time needs Triton's compiler, and TRITON_INTERPRET=1 has replaced it; unset it before fxpress is imported")
-    constants = variant(packed) | {
+    constants = variant(packed, architecture // 10 == HOPPER) | {
         "BN": schedule.tokens,
         "GROUPED": packed.groups > 1,
         "BIASED": True,

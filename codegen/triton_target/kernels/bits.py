@@ -51,6 +51,17 @@ def pick_bytes(a, b, selector, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def population(x, NATIVE: tl.constexpr):
+    """Bits set in every word."""
+    if NATIVE:
+        return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        x = x - ((x >> 1) & 0x55555555)
+        x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+        return ((((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24) & 0xFF
+
+
+@triton.jit
 def subtract_pairs(p, q, BF16: tl.constexpr, NATIVE: tl.constexpr):
     """Halfwise `p - q` in the compute dtype."""
     if NATIVE:

@@ -8,54 +8,84 @@ if the first is absent, the second, if present, is v[i]. What is absent is maske
 import triton
 import triton.language as tl
 
-from .bits import join4, pick_bytes, sign_mask, subtract_pairs
+from .bits import join4, pick_bytes, population, sign_mask, subtract_pairs
 
 
 @triton.jit
-def ranks(w):
-    """Four words of byte lanes: lane j of word k is the rank of column 8j + 2k, kept columns up to and with it in the word; and the byte totals before each."""
-    i0 = w & 0x01010101
-    c1 = i0 + ((w >> 1) & 0x01010101)
-    i1 = c1 + ((w >> 2) & 0x01010101)
-    c2 = i1 + ((w >> 3) & 0x01010101)
-    i2 = c2 + ((w >> 4) & 0x01010101)
-    c3 = i2 + ((w >> 5) & 0x01010101)
-    i3 = c3 + ((w >> 6) & 0x01010101)
-    before = (i3 + ((w >> 7) & 0x01010101)) * 0x01010100
-    return i0 + before, i1 + before, i2 + before, i3 + before
+def ranks(word, NATIVE: tl.constexpr):
+    """Kept columns up to the first of each pair, `[NW, 16]` words -> `[NW, 16]`: one lane a pair, population counts."""
+    below = (2 << (2 * tl.arange(0, 16))) - 1
+    return population(word & below[None, :], NATIVE)
 
 
 @triton.jit
-def masks(w, NATIVE: tl.constexpr):
-    """Masks of the 16 pairs of every word: `[...] -> [..., 2, 2, 2, 2]`."""
-    return join4(_masks(w << 7, w << 6, NATIVE), _masks(w << 5, w << 4, NATIVE), _masks(w << 3, w << 2, NATIVE), _masks(w << 1, w, NATIVE))
+def masks(w, NW: tl.constexpr, WGMMA: tl.constexpr, NATIVE: tl.constexpr):
+    """Masks of the 16 pairs of words `w: [NW]`, `[NW * 16]`: 0xFFFF in the half of every column that is present.
+
+    With WGMMA a lane holds pairs c, c + 4, c + 8 and c + 12: one word, shifted twice, serves all four. Elsewhere it holds others, and every pair is shifted.
+    """
+    if WGMMA:
+        shift = 2 * tl.arange(0, 4)
+        low, high = w[:, None] << (7 - shift)[None, :], w[:, None] << (6 - shift)[None, :]
+        lanes = join4(sign_mask(low, high, 0, NATIVE), sign_mask(low, high, 1, NATIVE), sign_mask(low, high, 2, NATIVE), sign_mask(low, high, 3, NATIVE))
+        return tl.reshape(tl.permute(tl.reshape(lanes, [NW, 4, 4]), [0, 2, 1]), [NW * 16])
+    else:
+        shift = 2 * tl.arange(0, 16)
+        word = tl.broadcast_to(w[:, None], [NW, 16])
+        return tl.reshape(sign_mask(word << (31 - shift)[None, :], word << (30 - shift)[None, :], 3, NATIVE), [NW * 16])
 
 
 @triton.jit
-def _masks(low, high, NATIVE: tl.constexpr):
-    return join4(sign_mask(low, high, 0, NATIVE), sign_mask(low, high, 1, NATIVE), sign_mask(low, high, 2, NATIVE), sign_mask(low, high, 3, NATIVE))
+def rows_of_values(q, ROWS: tl.constexpr, WORDS: tl.constexpr, LANE: tl.constexpr, COUNT: tl.constexpr, LOAD: tl.constexpr):
+    """Stored values `[COUNT]` of a tile of ROWS rows of WORDS words, as lanes load them (`values_by_lanes` of `by_eight_rows`) -> row-major. Nothing moves."""
+    NW: tl.constexpr = ROWS * WORDS
+    EACH: tl.constexpr = COUNT // NW
+    if EACH < LOAD:
+        q = tl.permute(tl.reshape(q, [NW // LANE, LANE, EACH]), [1, 0, 2])
+    else:
+        q = tl.permute(tl.reshape(q, [LANE, EACH // LOAD, NW // LANE, LOAD]), [0, 2, 1, 3])
+    return tl.reshape(tl.permute(tl.reshape(q, [ROWS // 8, WORDS, 8, EACH]), [0, 2, 1, 3]), [COUNT])
 
 
 @triton.jit
-def _lanes(y, base, MASK: tl.constexpr):
-    """The four byte lanes of `y` plus `base`: `[NW] -> [NW, 4]`."""
-    return ((y[:, None] >> (8 * tl.arange(0, 4))[None, :]) & MASK) | base[:, None]
+def places(rank, ROWS: tl.constexpr, WORDS: tl.constexpr, KEEP: tl.constexpr):
+    """Where the pair of each rank stands in the table `[KEEP / 4, words as by_eight_rows, 4]`: eight rows and four ranks are 32 banks."""
+    word = tl.arange(0, ROWS * WORDS)
+    row = word // WORDS
+    at = ((row // 8 * WORDS + word % WORDS) * 8 + row % 8) * 4
+    return ((rank & (KEEP - 4)) * (ROWS * WORDS)) | (rank & 3) | at[:, None]
 
 
 @triton.jit
-def expand_balanced(w, r, NW: tl.constexpr, KEEP: tl.constexpr, NATIVE: tl.constexpr):
-    """Pairs `[NW * 16]` of words `w: [NW]` with `KEEP` kept values each, `r: [NW * KEEP / 2]` pairs of them. Ranks wrap inside a word: T[0] = T[KEEP]."""
+def expand_balanced(
+    w,
+    r,
+    offset,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+    KEEP: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    WGMMA: tl.constexpr,
+    BF16: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """Pairs `[NW * 16]` of words `w: [NW]` with `KEEP` kept values each, `r: [NW * KEEP / 2]` pairs of them, `offset: [NW]` pairs subtracted when SHIFTED.
+
+    Ranks wrap inside a word: T[0] = T[KEEP].
+    """
+    NW: tl.constexpr = ROWS * WORDS
     PAIRS: tl.constexpr = KEEP // 2
     a, b = tl.split(tl.reshape(r, [NW, PAIRS // 2, 2]))
     previous = rotate(b, NW, PAIRS // 2)
     first = ((previous >> 16) & 0xFFFF) | (a << 16)
     second = ((a >> 16) & 0xFFFF) | (b << 16)
-    table = tl.reshape(join4(first, a, second, b), [NW * KEEP])
-    base = tl.arange(0, NW) * KEEP
-    y0, y1, y2, y3 = ranks(w)
-    MASK: tl.constexpr = KEEP - 1
-    index = join4(_lanes(y0, base, MASK), _lanes(y1, base, MASK), _lanes(y2, base, MASK), _lanes(y3, base, MASK))
-    return tl.gather(table, tl.reshape(index, [NW * 16]), 0) & tl.reshape(masks(w, NATIVE), [NW * 16])
+    table = tl.reshape(join4(first, a, second, b), [ROWS // 8, 8, WORDS, KEEP // 4, 4])
+    table = tl.reshape(tl.permute(table, [3, 0, 2, 1, 4]), [NW * KEEP])
+    word = tl.broadcast_to(w[:, None], [NW, 16])
+    p = tl.gather(table, tl.reshape(places(ranks(word, NATIVE), ROWS, WORDS, KEEP), [NW * 16]), 0)
+    if SHIFTED:
+        p = tl.reshape(subtract_pairs(tl.reshape(p, [NW, 16]), offset[:, None], BF16, NATIVE), [NW * 16])
+    return p & masks(w, NW, WGMMA, NATIVE)
 
 
 @triton.jit
@@ -84,19 +114,16 @@ def rotate(b, NW: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def expand_bitmap(w, starts, v, offset, NW: tl.constexpr, SHIFTED: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr):
-    """Pairs `[NW * 16]` of words `w: [NW]`, `offset: [NW]` pairs subtracted when SHIFTED. Word i's values follow place `starts[i]` of `v: [..] int16`."""
-    y0, y1, y2, y3 = ranks(w)
-    index = tl.reshape(join4(_places(y0, starts), _places(y1, starts), _places(y2, starts), _places(y3, starts)), [NW * 16])
-    both = tl.gather(v, tl.reshape(tl.join(index, index + 1), [NW * 32]), 0)
-    low, high = tl.split(tl.reshape(both, [NW * 16, 2]))
+def expand_bitmap(w, starts, v, offset, NW: tl.constexpr, SHIFTED: tl.constexpr, WGMMA: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr):
+    """Pairs `[NW * 16]` of words `w: [NW]`, `offset: [NW]` pairs subtracted when SHIFTED. Word i's values follow place `starts[i]` of `v: [..] int16`.
+
+    One lane a pair of columns: lanes side by side read values side by side.
+    """
+    mask = masks(w, NW, WGMMA, NATIVE)  # first: later it would cost registers
+    word = tl.broadcast_to(w[:, None], [NW, 16])
+    at = ranks(word, NATIVE) + tl.broadcast_to(starts[:, None], [NW, 16])
+    low, high = tl.split(tl.reshape(tl.gather(v, tl.reshape(tl.join(at, at + 1), [NW * 32]), 0), [NW * 16, 2]))
     p = (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
     if SHIFTED:
         p = tl.reshape(subtract_pairs(tl.reshape(p, [NW, 16]), offset[:, None], BF16, NATIVE), [NW * 16])
-    return p & tl.reshape(masks(w, NATIVE), [NW * 16])
-
-
-@triton.jit
-def _places(y, starts):
-    """Places of the four lanes: the rank of a column is at least 1 where it is present, so place `starts` itself is read only to be masked."""
-    return ((y[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 255) + starts[:, None]
+    return p & mask

@@ -2,8 +2,10 @@
 
 One template for every structure and every kind of value. Legend: W is `[M, K]`, x `[N, K]`, y `[N, M]`; tiles are `[BM, BK]`, stored one after another along
 K, row of tiles by row of tiles. A word holds the presence bits of 32 columns; NW words a tile. The weights stand on the left (y^T = W x^T), so that the few
-tokens fill the narrow side of the matrix instruction. The tile of the next turn is rebuilt while this turn's product runs: that also keeps the rebuilding out
-of the compiler's view of the product, where it would otherwise choose fragments that no vector load can fill.
+tokens fill the narrow side of the matrix instruction. The tile of the next turn is rebuilt while this turn's product runs. Dense tiles are stored as lanes hold
+the instruction's left side (fragments.py); bitmaps and balanced words are rebuilt pair by pair in the lane that multiplies the pair. REGISTERS: what a turn
+hands to the next are pairs, and the compiler carries the instruction's layout back through them; else it is the tile, which hides the rebuilding from the
+compiler (before Hopper it would halve the fragments' vectors).
 
 The idea is Flash-LLM's (Xia et al., VLDB 2023, arXiv 2309.10285); the bitmap of presence is SpInfer's (Fan et al., EuroSys 2025). Tables of overlapping pairs,
 byte lanes of ranks, balanced words, and low-bit values under a bitmap are ours.
@@ -13,7 +15,8 @@ import triton
 import triton.language as tl
 
 from .bits import floats, subtract_pairs, tile_of
-from .expand import expand_2to4, expand_balanced, expand_bitmap
+from .expand import expand_2to4, expand_balanced, expand_bitmap, rows_of_values
+from .fragments import columns_of_fragments, pairs_of_fragments, rows_of_fragments
 from .outliers import add_outliers
 from .values import code_pairs, halves, row_pairs, shared_pairs
 
@@ -49,28 +52,47 @@ def load_values(values, offsets, t, COUNT: tl.constexpr, STRUCTURE: tl.constexpr
 
 
 @triton.jit
-def rebuild(w, s, q, table, t0, t1, t2, t3, offset, BM: tl.constexpr, BK: tl.constexpr, PAIRS: tl.constexpr, STRUCTURE: tl.constexpr, VALUES: tl.constexpr,
-            ENTRIES: tl.constexpr, SHIFTED: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
-    """The tile `[BM, BK]` from its stored parts; PAIRS pairs of stored values; `offset: [BM]` pairs are subtracted when SHIFTED."""
+def rebuild(w, s, q, table, t0, t1, t2, t3, offset, BM: tl.constexpr, BK: tl.constexpr, PAIRS: tl.constexpr, COUNT: tl.constexpr, STRUCTURE: tl.constexpr,
+            VALUES: tl.constexpr, ENTRIES: tl.constexpr, SHIFTED: tl.constexpr, REGISTERS: tl.constexpr,
+            WGMMA: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+    """The tile `[BM, BK]` from its stored parts; PAIRS pairs of stored values in COUNT elements; `offset: [BM]` pairs are subtracted when SHIFTED."""
     NW: tl.constexpr = BM * BK // 32
+    if STRUCTURE == "balanced":
+        LANE: tl.constexpr = 4 if NW >= 512 else 2 if NW >= 256 else 1
+        q = rows_of_values(q, BM, BK // 32, LANE, COUNT, 128 // q.dtype.primitive_bitwidth)
+    if STRUCTURE == "dense" and VALUES == "rows":
+        q = rows_of_fragments(q, BM, BK)
     if VALUES == "shared":
-        p = shared_pairs(q, table)
+        p = shared_pairs(q, t0, t1, t2, t3, PAIRS, ENTRIES, NATIVE)
     elif VALUES == "rows":
         p = row_pairs(q, t0, t1, t2, t3, BM, PAIRS // BM // 4, ENTRIES, BF16, NATIVE)
     else:
         p = code_pairs(q, PAIRS, VALUES, BF16)
-    if SHIFTED and STRUCTURE != "bitmap":
+    if STRUCTURE == "dense":
+        p = columns_of_fragments(p, BM, BK) if VALUES == "rows" else pairs_of_fragments(p, BM, BK, 32 if VALUES == 8 or VALUES == 16 else 64)
+    spread = tl.reshape(tl.broadcast_to(offset[:, None], [BM, BK // 32]), [NW]) if SHIFTED else 0
+    if SHIFTED and (STRUCTURE == "dense" or STRUCTURE == "2:4"):
         p = tl.reshape(subtract_pairs(tl.reshape(p, [BM, PAIRS // BM]), offset[:, None], BF16, NATIVE), [PAIRS])
     if STRUCTURE == "2:4":
         p = expand_2to4(w, p, table, NW, NATIVE)
     elif STRUCTURE == "balanced":
-        p = expand_balanced(w, p, NW, PAIRS * 2 // NW, NATIVE)
+        p = expand_balanced(w, p, spread, BM, BK // 32, PAIRS * 2 // NW, SHIFTED, WGMMA, BF16, NATIVE)
     elif STRUCTURE == "bitmap":
-        WORDS: tl.constexpr = BK // 32
         v = q if VALUES == 16 else halves(p, PAIRS)
-        spread = tl.reshape(tl.broadcast_to(offset[:, None], [BM, WORDS]), [NW]) if SHIFTED else 0
-        p = expand_bitmap(w, s.to(tl.int32) & 0xFFFF, v, spread, NW, SHIFTED, BF16, NATIVE)
-    return tile_of(p, BM, BK, BF16, NATIVE)
+        p = expand_bitmap(w, s.to(tl.int32) & 0xFFFF, v, spread, NW, SHIFTED, WGMMA, BF16, NATIVE)
+    if REGISTERS:
+        return p
+    else:
+        return tile_of(p, BM, BK, BF16, NATIVE)
+
+
+@triton.jit
+def finished(a, BM: tl.constexpr, BK: tl.constexpr, REGISTERS: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr):
+    """The tile `[BM, BK]` from what `rebuild` left: pairs, where the compiler can lay them out as the matrix instruction reads them, without shared memory."""
+    if REGISTERS:
+        return tile_of(a, BM, BK, BF16, NATIVE)
+    else:
+        return a
 
 
 @triton.jit
@@ -111,12 +133,12 @@ def shift_of(half, BM: tl.constexpr, SHIFTED: tl.constexpr, CONSTANT: tl.constex
 
 @triton.jit
 def load_tables(codebook, rows, M, STRUCTURE: tl.constexpr, VALUES: tl.constexpr):
-    """What stays on chip: the pair table or byte selectors, and the four words of each row's table; 0 for what there is not."""
+    """What stays on chip: byte selectors, and the four words of each row's table or of the matrix's; 0 for what there is not."""
     table, t0, t1, t2, t3 = 0, 0, 0, 0, 0
-    if VALUES == "shared":
-        table = tl.load(codebook + tl.arange(0, 256))
-    elif STRUCTURE == "2:4":
+    if STRUCTURE == "2:4":
         table = tl.load(codebook + tl.arange(0, 16))
+    if VALUES == "shared":
+        t0, t1, t2, t3 = tl.load(codebook), tl.load(codebook + 1), tl.load(codebook + 2), tl.load(codebook + 3)
     if VALUES == "rows":
         at = codebook + rows * 4
         t0, t1 = tl.load(at, mask=rows < M, other=0), tl.load(at + 1, mask=rows < M, other=0)
@@ -124,12 +146,13 @@ def load_tables(codebook, rows, M, STRUCTURE: tl.constexpr, VALUES: tl.constexpr
     return table, t0, t1, t2, t3
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "tiles", "groups", "turns"])  # else every batch size and depth is compiled anew
 def lscd_matmul(
     words, starts, offsets, values, codebook, grid, slots, slot_values, slot_starts, x, bias, y, M, N, K, tiles, groups, turns,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PAIRS: tl.constexpr, COUNT: tl.constexpr, STRUCTURE: tl.constexpr, VALUES: tl.constexpr,
     ENTRIES: tl.constexpr, GROUPED: tl.constexpr, PER_GROUP: tl.constexpr, SCALED: tl.constexpr, WIDE: tl.constexpr, SHIFTED: tl.constexpr,
-    CONSTANT: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr, SLOTS: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr,
+    CONSTANT: tl.constexpr, REGISTERS: tl.constexpr, WGMMA: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr, SLOTS: tl.constexpr,
+    BF16: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One block of rows times `BN` tokens over `turns` of the `tiles` K-tiles.
 
@@ -150,7 +173,7 @@ def lscd_matmul(
     shift = shift_of(half, BM, SHIFTED, CONSTANT)
     t = origin + first
     w, s, q = load_words(words, t, NW, STRUCTURE), load_starts(starts, t, NW, STRUCTURE), load_values(values, offsets, t, COUNT, STRUCTURE)
-    a = rebuild(w, s, q, table, t0, t1, t2, t3, shift, BM, BK, PAIRS, STRUCTURE, VALUES, ENTRIES, SHIFTED, BF16, NATIVE)
+    a = rebuild(w, s, q, table, t0, t1, t2, t3, shift, BM, BK, PAIRS, COUNT, STRUCTURE, VALUES, ENTRIES, SHIFTED, REGISTERS, WGMMA, BF16, NATIVE)
     acc = tl.zeros([BM, BN], tl.float32)
     for turn in tl.range(first, last + 1, num_stages=STAGES):
         column = turn * BK + inside
@@ -164,13 +187,14 @@ def lscd_matmul(
         t = origin + following
         w, s = load_words(words, t, NW, STRUCTURE), load_starts(starts, t, NW, STRUCTURE)
         q = load_values(values, offsets, t, COUNT, STRUCTURE)
+        tile = finished(a, BM, BK, REGISTERS, BF16, NATIVE)
         if GROUPED:
-            acc += tl.dot(a, b) * scale_of(scale, WIDE)[:, None]
+            acc += tl.dot(tile, b) * scale_of(scale, WIDE)[:, None]
             scale, half = load_grid(grid, rows, M, following, groups, PER_GROUP, WIDE, True)
             shift = shift_of(half, BM, SHIFTED, CONSTANT)
         else:
-            acc = tl.dot(a, b, acc)
-        a = rebuild(w, s, q, table, t0, t1, t2, t3, shift, BM, BK, PAIRS, STRUCTURE, VALUES, ENTRIES, SHIFTED, BF16, NATIVE)
+            acc = tl.dot(tile, b, acc)
+        a = rebuild(w, s, q, table, t0, t1, t2, t3, shift, BM, BK, PAIRS, COUNT, STRUCTURE, VALUES, ENTRIES, SHIFTED, REGISTERS, WGMMA, BF16, NATIVE)
     if SCALED and not GROUPED:
         acc *= scale_of(scale, WIDE)[:, None]
     if SLOTS:
@@ -181,11 +205,12 @@ def lscd_matmul(
     tl.store(at, acc.to(y.dtype.element_ty), mask=(rows < M)[:, None] & (tokens < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "groups"])
 def lscd_decode(
     words, starts, offsets, values, codebook, grid, out, M, K, tiles, groups,
     BM: tl.constexpr, BK: tl.constexpr, PAIRS: tl.constexpr, COUNT: tl.constexpr, STRUCTURE: tl.constexpr, VALUES: tl.constexpr, ENTRIES: tl.constexpr,
-    PER_GROUP: tl.constexpr, SCALED: tl.constexpr, WIDE: tl.constexpr, SHIFTED: tl.constexpr, CONSTANT: tl.constexpr, BF16: tl.constexpr,
+    PER_GROUP: tl.constexpr, SCALED: tl.constexpr, WIDE: tl.constexpr, SHIFTED: tl.constexpr, CONSTANT: tl.constexpr, REGISTERS: tl.constexpr,
+    WGMMA: tl.constexpr, BF16: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
     """One tile of the dense weight `out: [M, K]`: for batches so large that the library's dense product wins."""
@@ -198,8 +223,8 @@ def lscd_decode(
     shift = shift_of(half, BM, SHIFTED, CONSTANT)
     t = tl.program_id(0) * tiles + turn
     w, s, q = load_words(words, t, NW, STRUCTURE), load_starts(starts, t, NW, STRUCTURE), load_values(values, offsets, t, COUNT, STRUCTURE)
-    a = rebuild(w, s, q, table, t0, t1, t2, t3, shift, BM, BK, PAIRS, STRUCTURE, VALUES, ENTRIES, SHIFTED, BF16, NATIVE)
-    a = a.to(tl.float32)
+    a = rebuild(w, s, q, table, t0, t1, t2, t3, shift, BM, BK, PAIRS, COUNT, STRUCTURE, VALUES, ENTRIES, SHIFTED, REGISTERS, WGMMA, BF16, NATIVE)
+    a = finished(a, BM, BK, REGISTERS, BF16, NATIVE).to(tl.float32)
     if SCALED:
         a *= scale_of(scale, WIDE)[:, None]
     tl.store(out + rows[:, None] * K + columns[None, :], a.to(out.dtype.element_ty), mask=(rows < M)[:, None] & (columns < K)[None, :])

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "splits"])
 def reduce_splits(partial, bias, y, N, M, splits, BIASED: tl.constexpr, BLOCK: tl.constexpr):
     """`partial: [splits, N, M] float32 -> y: [N, M]`, the bias `[M]` added; split by split, so the same every time."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -36,9 +36,24 @@ def _exact_pairs(q, SHIFT: tl.constexpr, BIAS: tl.constexpr):
 
 
 @triton.jit
-def shared_pairs(q, table):
-    """`q: [C] uint8`, two 4-bit codes each (the first in the low bits) -> `[C] int32` pairs from `table: [256] int32`, with the pair of every two codes."""
-    return tl.gather(table, q.to(tl.int32), 0)
+def shared_pairs(q, t0, t1, t2, t3, COUNT: tl.constexpr, ENTRIES: tl.constexpr, NATIVE: tl.constexpr):
+    """`q: [COUNT / 4] int32`, eight 4-bit codes in order each -> `[COUNT] int32` pairs from the matrix's table of 16 floats.
+
+    `t0 .. t3: int64` hold four entries each, their low bytes in the low word and their high bytes in the high one. All in registers, by byte permutes: a gather
+    of pairs from shared memory takes fewer instructions and, on an H100, half as much time again, for its lanes meet in banks.
+    """
+    a, b = _table_pairs(q, t0, t1, t2, t3, ENTRIES, NATIVE)
+    c, d = _table_pairs(q >> 16, t0, t1, t2, t3, ENTRIES, NATIVE)
+    return tl.reshape(join4(a, b, c, d), [COUNT])
+
+
+@triton.jit
+def _table_pairs(codes, t0, t1, t2, t3, ENTRIES: tl.constexpr, NATIVE: tl.constexpr):
+    """The two pairs of the four codes in the low half of `codes`."""
+    low = _entries(codes, t0.to(tl.int32), t1.to(tl.int32), t2.to(tl.int32), t3.to(tl.int32), ENTRIES, NATIVE)
+    high = _entries(codes, (t0 >> 32).to(tl.int32), (t1 >> 32).to(tl.int32), (t2 >> 32).to(tl.int32), (t3 >> 32).to(tl.int32), ENTRIES, NATIVE)
+    first, second = tl.full(low.shape, 0x5140, tl.int32), tl.full(low.shape, 0x7362, tl.int32)
+    return pick_bytes(low, high, first, NATIVE), pick_bytes(low, high, second, NATIVE)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from fxpress.codegen.triton_target import launch
 from fxpress.codegen.triton_target.launch import decode, matmul
 from fxpress.codegen.triton_target.layout import Structure, Tile, Values
 from fxpress.codegen.triton_target.pack import Source, pack
@@ -49,6 +50,16 @@ def _mask(structure: Structure, density: float = 0.5) -> Tensor:
 
 def _illegal(structure: Structure, kind: Values) -> bool:
     return (structure is Structure.TWO_OF_FOUR and kind in (Values.SHARED, Values.ROWS)) or (structure is Structure.BITMAP and kind is Values.ROWS)
+
+
+@pytest.mark.parametrize("kind", [Values.HALF, Values.CODE4, Values.ROWS])
+@pytest.mark.parametrize("structure", [Structure.DENSE, Structure.BALANCED, Structure.BITMAP])
+def test_the_form_for_hopper_means_the_same(monkeypatch: pytest.MonkeyPatch, structure: Structure, kind: Values) -> None:
+    if _illegal(structure, kind):
+        pytest.skip("no such form")
+    monkeypatch.setattr(launch, "hopper", lambda device: True)
+    for tile in (SMALL, Tile(rows=64, columns=128)):
+        check(*random_source(kind, torch.float16, _mask(structure)), structure, tile)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,7 +7,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxpress.codegen.triton_target.layout import Tile, Values, byte_selectors, cut, kept_first, presence_words, stored_words, two_of_four, two_of_four_mask
+from fxpress.codegen.triton_target.layout import (
+    Tile,
+    Values,
+    by_eight_rows,
+    byte_selectors,
+    cut,
+    fragment_order,
+    kept_first,
+    presence_words,
+    stored_words,
+    two_of_four,
+    two_of_four_mask,
+    values_by_lanes,
+)
 from fxpress.ir.errors import LowerError
 
 from .weights import random_mask
@@ -38,8 +51,8 @@ def test_a_shift_and_a_mask_give_neighbours(kind: Values) -> None:
 
 def test_codes_into_tables_keep_their_order() -> None:
     codes = torch.arange(16, dtype=torch.uint8)
-    assert stored_words(codes, Values.SHARED).tolist() == [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]
-    assert [hex(w & 0xFFFFFFFF) for w in stored_words(codes, Values.ROWS).tolist()] == ["0x76543210", "0xfedcba98"]
+    for kind in (Values.SHARED, Values.ROWS):
+        assert [hex(w & 0xFFFFFFFF) for w in stored_words(codes, kind).tolist()] == ["0x76543210", "0xfedcba98"]
 
 
 def test_kept_values_come_first_and_in_order() -> None:
@@ -68,3 +81,32 @@ def test_selectors_put_the_kept_pair_in_its_columns() -> None:
         selector = int(table[first | second << 2]) & 0xFFFFFFFF
         columns = [(selector >> (8 * j)) & 0xFF for j in range(4)]
         assert columns == [0x10 if j == first else 0x32 if j == second else 0x44 for j in range(4)]
+
+
+@pytest.mark.parametrize(("rows", "columns", "bits"), [(64, 128, 4), (128, 64, 8), (32, 32, 4), (64, 128, 16)])
+def test_fragments_stand_as_lanes_of_the_matrix_instruction_hold_them(rows: int, columns: int, bits: int) -> None:
+    """PTX, mma.m16n8k16, A: lane 4 r + c has (r, 2c), (r, 2c + 1), (r + 8, same), (r, 2c + 8), ... of every 16 x 16 block."""
+    tile = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1)
+    stored = torch.stack([fragment_order(tile[..., i], bits) for i in (0, 1)], -1)
+    assert len({tuple(place) for place in stored.tolist()}) == rows * columns, "every weight once"
+    chunk = min(columns, max(32, 256 // bits))
+    lanes = stored.unflatten(0, (columns // chunk, rows // 16, 32, -1))
+    for lane in (0, 5, 31):
+        row, column = lane // 4, 2 * (lane % 4)
+        assert set(lanes[0, 0, lane, :, 0].tolist()) == {row, row + 8}
+        assert {c % 8 for c in lanes[0, 0, lane, :, 1].tolist()} == {column, column + 1}
+    assert lanes[0, 0, 5, :4].tolist() == [[1, 2], [1, 3], [1, 10], [1, 11]]
+
+
+def test_the_same_word_of_eight_rows_stands_together() -> None:
+    words = torch.arange(16 * 4).reshape(16, 4, 1)
+    assert by_eight_rows(words).flatten().tolist()[:9] == [0, 4, 8, 12, 16, 20, 24, 28, 1]
+
+
+@pytest.mark.parametrize(("places", "bits"), [(16, 16), (16, 4), (8, 4)])
+def test_a_lane_loads_the_values_of_its_own_words(places: int, bits: int) -> None:
+    words, lanes = 256, 128
+    owner = (torch.arange(words) % lanes).unsqueeze(-1).expand(words, places)
+    loads = values_by_lanes(owner, bits).unflatten(0, (-1, min(128, words // lanes * places * bits) // bits))
+    assert (loads == loads[:, :1]).all(), "16 bytes belong to one lane"
+    assert loads[:lanes, 0].tolist() == list(range(lanes)), "lanes side by side load side by side"

@@ -18,7 +18,7 @@ from .weights import random_source
         (128, 4096, 1, Schedule(tokens=8, splits=8)),  # 2 programs: as many splits as allowed
         (128, 1024, 20, Schedule(tokens=32, splits=2)),  # 8 tiles along K: no more than 2 splits
         (128, 256, 64, Schedule(tokens=64, splits=1)),  # too few tiles to split
-        (2048, 4096, 130, Schedule(tokens=64, splits=3)),  # 32 x 3 programs for 216
+        (16384, 8192, 130, Schedule(tokens=64, splits=2)),  # 256 x 3 programs for 864
     ],
 )
 def test_the_rule(rows: int, columns: int, tokens: int, expected: Schedule) -> None:
