@@ -32,7 +32,7 @@ class FoldAffine(Pass):
         """One decision per batch norm that can be folded, one skip per batch norm that cannot."""
         sites = {s.node: s for s in program.sites()}
         decisions, skips = [], []
-        for norm in _batch_norms(program):
+        for norm in batch_norms(program):
             site = sites.get(norm.args[0])  # type: ignore[arg-type]
             where = site.name if site else module_path(norm) or norm.name
             why = self.why_unnamed(where) or _why_not(program, norm, site)
@@ -55,7 +55,8 @@ class FoldAffine(Pass):
         return tuple(results)
 
 
-def _batch_norms(program: Program) -> list[fx.Node]:
+def batch_norms(program: Program) -> list[fx.Node]:
+    """Batch norms of the graph, in order."""
     return [n for n in program.graph.nodes if n.op == "call_function" and n.target in BATCH_NORMS]
 
 
