@@ -28,7 +28,7 @@ class Stage(Enum):
     LOWERED = "lowered"
 
 
-@dataclass
+@dataclass(repr=False)
 class Program:
     """One model as a graph of ATen and fxpress operators whose weights are `get_attr` nodes.
 
@@ -39,6 +39,9 @@ class Program:
     inputs: Inputs
     stage: Stage = Stage.CAPTURED
     journal: Journal = field(default_factory=Journal)
+
+    def __repr__(self) -> str:
+        return f"<Program: {self.stage.value}, {len(self.graph.nodes)} nodes, {len(self.sites())} weight sites, {self.nbytes / 1e6:.2f} MB>"
 
     @property
     def graph(self) -> fx.Graph:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..ir.diff import GraphDiff
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """A compressed program with everything one may want to do with it.
 
@@ -38,6 +38,10 @@ class Result:
     def __post_init__(self) -> None:
         if self.original is not None and not self.bytes_before:
             object.__setattr__(self, "bytes_before", self.original.nbytes)
+
+    def __repr__(self) -> str:
+        passes = " -> ".join(r.pass_spec for r in self.reports) or "no passes"
+        return f"<Result: {passes}; {self.bytes_before / 1e6:.2f} MB -> {self.program.nbytes / 1e6:.2f} MB; see .summary()>"
 
     @property
     def guarantee(self) -> Guarantee:

@@ -39,6 +39,8 @@ def test_one_call_from_model_to_result(zoo: Zoo, name: str, tmp_path: Path) -> N
     assert result.guarantee is Guarantee.CALIBRATED
     summary = result.summary()
     assert "quantize_rtn" in summary and "bits per weight" in summary and "outputs on the example inputs" in summary
+    assert repr(result).startswith("<Result: prune_wanda{allow_empty=true,sparsity=0.5} -> quantize_rtn{bits=8}; ") and " MB -> " in repr(result)
+    assert repr(result.program).startswith("<Program: compressed, ") and len(repr(result)) < 200
     assert not result.diff().is_empty
     result.save(tmp_path / "artifact")
     again = fxpress.load(tmp_path / "artifact")
