@@ -34,10 +34,10 @@ class FoldAffine(Pass):
         decisions, skips = [], []
         for norm in batch_norms(program):
             site = sites.get(norm.args[0])  # type: ignore[arg-type]
-            where = site.name if site else module_path(norm) or norm.name
+            where = site.name if site else norm_name(norm)
             why = self.why_unnamed(where) or _why_not(program, norm, site)
             if why is None and site is not None:
-                decisions.append(Decision(site=where, action=f"fold {module_path(norm) or norm.name}", bytes_before=site.nbytes, bytes_after=site.nbytes))
+                decisions.append(Decision(site=where, action=f"fold {norm_name(norm)}", bytes_before=site.nbytes, bytes_after=site.nbytes))
             else:
                 skips.append(Skip(where, why or ""))
         return Plan(pass_spec=self.to_spec(), decisions=tuple(decisions), skips=tuple(skips))
@@ -58,6 +58,11 @@ class FoldAffine(Pass):
 def batch_norms(program: Program) -> list[fx.Node]:
     """Batch norms of the graph, in order."""
     return [n for n in program.graph.nodes if n.op == "call_function" and n.target in BATCH_NORMS]
+
+
+def norm_name(norm: fx.Node) -> str:
+    """Module path of a batch norm, or its node's name where it has none."""
+    return module_path(norm) or norm.name
 
 
 def _why_not(program: Program, norm: fx.Node, site: WeightSite | None) -> str | None:
@@ -91,7 +96,7 @@ def _fold(editor: Editor, program: Program, site: WeightSite, norm: fx.Node) -> 
     eps = argument(norm, "eps")
     scale = read("weight", 1.0) / (read("running_var", 1.0) + eps).sqrt()
     bias = get_tensor(program.graph_module, site.bias).detach().double() if site.bias else torch.zeros(site.rows).double()
-    why = f"absorbs batch norm {module_path(norm) or norm.name}"
+    why = f"absorbs batch norm {norm_name(norm)}"
     editor.set_matrix(site, site.matrix().double() * scale.unsqueeze(1), why)
     editor.set_bias(site, ((bias - read("running_mean", 0.0)) * scale + read("bias", 0.0)).to(site.dtype), why)
     editor.bypass(norm, site.node, f"folded into {site.name}")

@@ -17,12 +17,12 @@ from torch import Tensor, fx
 
 from ..ir.edit import Editor
 from ..ir.errors import CalibrationError
-from ..ir.nodes import argument, get_tensor, module_path
+from ..ir.nodes import argument, get_tensor
 from ..ir.program import Program
 from .base import Decision, Guarantee, Pass, Plan, SiteResult, Skip
 from .calibrate import CalibrationWalk
 from .context import Context
-from .fold_affine import batch_norms
+from .fold_affine import batch_norms, norm_name
 
 MEAN, VARIANCE = "running_mean", "running_var"
 
@@ -39,12 +39,12 @@ class RecalibrateNorms(Pass):
         decisions, skips = [], []
         norms = batch_norms(program)
         for norm in norms:
-            why = self.why_unnamed(_name(norm)) or _why_not(norm, norms)
+            why = self.why_unnamed(norm_name(norm)) or _why_not(norm, norms)
             size = sum(get_tensor(program.graph_module, _stored(norm, w)).nbytes for w in (MEAN, VARIANCE)) if why is None else 0
             if why is None:
-                decisions.append(Decision(site=_name(norm), action="recalibrate", bytes_before=size, bytes_after=size))
+                decisions.append(Decision(site=norm_name(norm), action="recalibrate", bytes_before=size, bytes_after=size))
             else:
-                skips.append(Skip(_name(norm), why))
+                skips.append(Skip(norm_name(norm), why))
         return Plan(pass_spec=self.to_spec(), decisions=tuple(decisions), skips=tuple(skips))
 
     def preview(self, program: Program, plan: Plan, ctx: Context) -> None:
@@ -55,7 +55,7 @@ class RecalibrateNorms(Pass):
         walk = CalibrationWalk(program, ctx.calibration)
         planned = {d.site: d for d in plan.decisions}
         with Editor(program, self.to_spec()) as editor:
-            return tuple(_renew(editor, program, walk, norm, planned[_name(norm)]) for norm in batch_norms(program) if _name(norm) in planned)
+            return tuple(_renew(editor, program, walk, norm, planned[norm_name(norm)]) for norm in batch_norms(program) if norm_name(norm) in planned)
 
 
 def _renew(editor: Editor, program: Program, walk: CalibrationWalk, norm: fx.Node, decision: Decision) -> SiteResult:
@@ -81,10 +81,6 @@ def moments(batches: Sequence[Tensor], where: str) -> tuple[Tensor, Tensor]:
     if not bool(torch.isfinite(variance).all()):
         raise CalibrationError(f"{where}: statistics are not finite: the model overflows on the calibration data; check the batches or use fp32")
     return mean, variance
-
-
-def _name(norm: fx.Node) -> str:
-    return module_path(norm) or norm.name
 
 
 def _stored(norm: fx.Node, which: str) -> str:
