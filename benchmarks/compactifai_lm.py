@@ -25,6 +25,7 @@ RECIPES: dict[str, list[str]] = {
     "plain 2 bits (LNQ, 0.45 % apart)": ["quantize_lut{bits=2,outliers=0.004,sensitive=0.0005,skip=[lm_head]}", *HEAD],
     "ours: modules at 50 %, healed, 4 bits": ["decompose_modules{ratio=0.5}", HEAL, *FOUR],
     "ours: modules at 40 %, healed, 4 bits": ["decompose_modules{ratio=0.4}", HEAL, *FOUR],
+    "ours: modules at 39.5 %, healed, 4 bits": ["decompose_modules{ratio=0.395}", HEAL, *FOUR],
     "CompactifAI: balanced MPO at 50 %, down projections dense, healed, 4 bits": [
         "factorize_mpo{ratio=0.3,family=0,metric=weight,skip=[*down_proj]}", HEAL, *FOUR,
     ],
