@@ -13,11 +13,12 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import sentence_quality
+import torch
 
 from fxpress.ir.program import Program
 from fxpress.ir.sites import SiteKind
@@ -29,6 +30,7 @@ from fxpress.passes.pipeline import run_pipeline
 from fxpress.runtime import zoo
 from fxpress.runtime.demo import WINDOW, calibration_batches, load_demo
 from fxpress.runtime.language import compare_logits, logits_of, perplexity
+from fxpress.runtime.sources import Source, text_inputs
 
 RESULTS = Path(__file__).with_name("results")
 RATIOS = (0.8, 0.6, 0.9, 0.7)
@@ -66,24 +68,36 @@ class Bench:
     facts: dict[str, Any]
 
 
-def smollm2(windows: int) -> Bench:
-    """Perplexity over windows of 512 tokens; divergence from the dense model on two of them."""
+def smollm2(windows: int, *, device: str = "cpu", training_windows: int = 56, batch: int = 2) -> Bench:
+    """Perplexity over windows of 512 tokens; divergence from the dense model on two of them. Training windows come `batch` at a time."""
     data = load_demo()
-    program = data.source.capture()
+    program = (data.source if device == "cpu" else _of_one_length(data.source, device)).capture()
     articles = zoo.wikipedia_articles()
     evaluation = zoo.token_windows(data.source.tokenizer, articles[1::2], length=WINDOW, count=windows)
-    training = zoo.token_windows(data.source.tokenizer, articles[0::2], length=WINDOW, count=56)
+    training = zoo.token_windows(data.source.tokenizer, articles[0::2], length=WINDOW, count=training_windows)
     dense = logits_of(program)
 
     def score(small: Program) -> dict[str, float]:
-        agreement = compare_logits(dense, logits_of(small), evaluation[:2])
+        agreement = compare_logits(dense, logits_of(small), evaluation[:2], batch=2)
         return {"perplexity": perplexity(logits_of(small), evaluation, batch=2).perplexity, "kl": agreement.kl, "top1": agreement.top1_agreement}
 
-    context = _context(program, calibration_batches(data.calibration[:16]), calibration_batches(training))
-    return Bench(program, context, score, {"windows": len(evaluation), "calibration_windows": 16})
+    context = _context(program, calibration_batches(data.calibration[:16]), calibration_batches(training, batch))
+    return Bench(program, context, score, {"windows": len(evaluation), "calibration_windows": 16, "device": device_name(device)})
 
 
-def minilm(windows: int) -> Bench:
+def _of_one_length(source: Source, device: str) -> Source:
+    """On another device, with a dynamic batch and the length of the windows: torch 2.11 refuses a dynamic length of this model."""
+    example = {**source.example_inputs, **text_inputs(torch.zeros(2, WINDOW, dtype=torch.int64))}
+    axes = {k: {0: torch.export.Dim("batch", max=64)} if isinstance(v, torch.Tensor) else None for k, v in example.items()}
+    return replace(source, model=source.model.to(device), example_inputs=example, dynamic_shapes=axes)
+
+
+def device_name(device: str) -> str:
+    """What rows say of where they were made."""
+    return torch.cuda.get_device_name() if device == "cuda" else device
+
+
+def minilm() -> Bench:
     """Cosines of sentence embeddings with the dense model's on held-out passages, and agreement with people on Lee-50."""
     source = sentence_quality.minilm()
     more = sentence_quality.minilm(passages=512).calibration
@@ -100,11 +114,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("smollm2", "minilm"), default="smollm2")
     parser.add_argument("--windows", type=int, default=8, help="evaluation windows of 512 tokens (smollm2)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (smollm2)")
     parser.add_argument("--only", default="", help="run ratios whose name contains this")
     parser.add_argument("--methods", nargs="*", default=[""], help="run methods whose name contains one of these")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after so many seconds")
     arguments = parser.parse_args()
-    bench = {"smollm2": smollm2, "minilm": minilm}[arguments.model](arguments.windows)
+    bench = smollm2(arguments.windows, device=arguments.device) if arguments.model == "smollm2" else minilm()
     out, began = RESULTS / f"factorization_{arguments.model}.json", time.perf_counter()
     rows: list[dict[str, Any]] = json.loads(out.read_text()) if out.exists() else []
     if not rows:

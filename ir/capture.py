@@ -10,6 +10,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
@@ -44,7 +45,7 @@ def _export(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> torch
     if example_inputs is None:
         raise CaptureError("example_inputs is missing; pass a tuple of positional inputs or a dict of keyword inputs")
     check_finite(model)
-    args, kwargs = as_inputs(example_inputs)
+    args, kwargs = _where_weights_lie(model, *as_inputs(example_inputs))
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
@@ -56,6 +57,16 @@ def _export(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> torch
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _where_weights_lie(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs on the device of the model; one that is spread over several is refused."""
+    found = {tensor.device: name for name, tensor in named_tensors(model) if tensor.dim()}
+    if len(found) > 1:
+        listed = ", ".join(f"{name} on {device}" for device, name in found.items())
+        raise CaptureError(f"the weights lie on {len(found)} devices ({listed}); move the model to one of them")
+    placed: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, lambda t: t.to(next(iter(found), t.device)), (args, kwargs))
+    return placed
 
 
 def _advice(what: str, error: Exception) -> str:

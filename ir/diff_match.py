@@ -230,4 +230,4 @@ def _sample(tensor: Tensor) -> Tensor:
 
 
 def _bits(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()

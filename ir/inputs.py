@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from .errors import CaptureError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,12 @@ class Inputs:
         """The same examples on another device."""
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), (self.args, self.kwargs))
         return replace(self, args=args, kwargs=kwargs)
+
+    def placed(self, values: T) -> T:
+        """`values` with its tensors on the device of the examples (of their first tensor; without one, as they are)."""
+        first = next((leaf for leaf in self.leaves if isinstance(leaf, Tensor)), None)
+        placed: T = values if first is None else pytree.tree_map_only(Tensor, lambda t: t.to(first.device), values)
+        return placed
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """Flatten a call's inputs like the examples; a different structure is refused with `ValueError`."""

@@ -63,8 +63,16 @@ class Program:
         module.train(False)
         return Program(module, self.inputs, self.stage, self.journal.copy())
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie; of a program without any, the first input. Single numbers may lie elsewhere."""
+        tensors = [t for _, t in named_tensors(self.graph_module)] + [leaf for leaf in self.inputs.leaves if isinstance(leaf, torch.Tensor)]
+        return next((t.device for t in tensors if t.dim()), torch.device("cpu"))
+
     def to(self, device: torch.device | str) -> Program:
         """An independent program on `device`: weights, example inputs, and what the graph creates by itself."""
+        from .shapes import place
+
         moved = self.clone()
         for node in moved.graph.nodes:
             if "device" in node.kwargs:
@@ -74,7 +82,9 @@ class Program:
         there = {id(tensor): tensor.detach().to(device) for _, tensor in held}
         for name, tensor in held:  # `Module.to` would move the tensors that this program shares
             set_tensor(moved.graph_module, name, there[id(tensor)], parameter=isinstance(tensor, torch.nn.Parameter))
-        return replace(moved, inputs=self.inputs.to(device))
+        moved = replace(moved, inputs=self.inputs.to(device))
+        place(moved, device)
+        return moved
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph eagerly without gradients."""

@@ -16,13 +16,11 @@ from .atoms import leaves, size_of
 from .axes import AxisAnalysis, AxisClass, Choice, Constant, hint, kept_positions, kept_size
 from .errors import EditError
 from .nodes import argument, get_tensor, op_name
-from .shapes import propagate
+from .shapes import propagate, relax_views
 
 if TYPE_CHECKING:
     from .edit import Editor
     from .program import Program
-
-_TRANSPOSES = {torch.ops.aten.transpose.int, torch.ops.aten.permute.default}
 
 
 def checked_choice(analysis: AxisAnalysis, kept: Mapping[AxisClass, Tensor]) -> dict[Any, Tensor]:
@@ -36,7 +34,7 @@ def checked_choice(analysis: AxisAnalysis, kept: Mapping[AxisClass, Tensor]) -> 
         values = indices.tolist() if indices.dim() == 1 and indices.dtype in (torch.int64, torch.int32) else []
         if not values or len(set(values)) != len(values) or min(values) < 0 or max(values) >= one.size:
             raise EditError(f"resize {one.name}: expected at least one of its {one.size} indices, each once, got {values[:8]}")
-    return {one.atom: indices.to(torch.int64).cpu() for one, indices in kept.items()}
+    return {one.atom: indices.to(torch.get_default_device(), torch.int64) for one, indices in kept.items()}
 
 
 def resize(editor: Editor, analysis: AxisAnalysis, choice: Choice) -> None:
@@ -81,7 +79,7 @@ def _carry_out(editor: Editor, analysis: AxisAnalysis, choice: Choice) -> None:
         if kept_size(axis, choice) != size_of(axis) and argument(node, "scale") is None:
             node.kwargs = {**node.kwargs, "scale": size_of(axis) ** -0.5}
     if any(_head_size_changes(analysis, node, choice) for node, _ in analysis.scales):
-        _relax_views(editor.program.graph)
+        relax_views(editor.program.graph)
     propagate(editor.program)
     _check_shapes(analysis, choice)
 
@@ -136,14 +134,6 @@ def _head_size_changes(analysis: AxisAnalysis, attention: fx.Node, choice: Choic
     """Whether queries or values of the attention get narrower."""
     ends = [analysis.axes[n][-1] for n in attention.args[:3]]  # type: ignore[index]
     return any(kept_size(axis, choice) != size_of(axis) for axis in ends)
-
-
-def _relax_views(graph: fx.Graph) -> None:
-    """A view of a transposed tensor may only hold for the old sizes (attention kernels of unequal head sizes lay their output out differently)."""
-    for node in graph.nodes:
-        source = node.args[0] if node.args else None
-        if node.target is torch.ops.aten.view.default and isinstance(source, fx.Node) and source.target in _TRANSPOSES:
-            node.target = torch.ops.aten.reshape.default
 
 
 def _check_shapes(analysis: AxisAnalysis, choice: Choice) -> None:

@@ -14,6 +14,8 @@ from .errors import EditError
 from .nodes import get_tensor, op_name
 from .program import Program
 
+_TRANSPOSES = {torch.ops.aten.transpose.int, torch.ops.aten.permute.default}
+
 
 def ensure_values(program: Program) -> None:
     """Compute the values when some operator has none."""
@@ -36,6 +38,26 @@ def propagate(program: Program) -> None:
                 values[node] = _call(node, values)
             if node.op != "output":
                 node.meta["val"] = values[node]
+
+
+def place(program: Program, device: torch.device | str) -> None:
+    """Move the values, not the tensors, to `device`; views that only held for the layouts of the old device are relaxed."""
+    relax_views(program.graph)
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, torch._subclasses.FakeTensor):
+            with value.fake_mode:
+                node.meta["val"] = value.to(device)
+    if any("val" in n.meta for n in program.graph.nodes):
+        propagate(program)
+
+
+def relax_views(graph: fx.Graph) -> None:
+    """Views of transposed tensors may hold for one layout only: attention kernels of unequal head sizes, and of other devices, have others."""
+    for node in graph.nodes:
+        source = node.args[0] if node.args else None
+        if node.target is torch.ops.aten.view.default and isinstance(source, fx.Node) and source.target in _TRANSPOSES:
+            node.target = torch.ops.aten.reshape.default
 
 
 def fake_mode_of(node: fx.Node) -> FakeTensorMode:

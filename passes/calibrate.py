@@ -32,7 +32,7 @@ def as_calls(calibration: Iterable[Any] | None, inputs: Inputs) -> tuple[Call, .
     """Calibration batches as calls `(args, kwargs)`, checked against the captured inputs.
 
     Each batch is a tensor, tuple or dict like `example_inputs`; constants of the capture (such as `use_cache=False`) may be left out of a dict.
-    Raises `CalibrationError` naming the batch for a wrong structure, dtype, shape, or NaN and infinite values.
+    They are moved to where the captured inputs lie. Raises `CalibrationError` naming the batch for a wrong structure, dtype, shape, or NaN and infinite values.
     """
     if calibration is None:
         return ()
@@ -55,7 +55,7 @@ def as_call(where: str, batch: Any, inputs: Inputs, kind: type[FxpressError]) ->
     for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
             raise kind(f"{where}: holds NaN or infinite values; clean the data")
-    return args, kwargs
+    return inputs.placed((args, kwargs))
 
 
 @dataclass

@@ -109,12 +109,12 @@ class Checkpoint:
         return _record(header, tensors)
 
     def read(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """Plain data and tensors of a file written earlier, or None; a damaged file is removed."""
+        """Plain data and tensors (where new tensors lie) of a file written earlier, or None; a damaged file is removed."""
         path = self.folder / f"{name}.safetensors"
         if not path.exists():
             return None
         try:
-            with safe_open(path, "pt") as file:
+            with safe_open(path, "pt", device=str(torch.get_default_device())) as file:
                 return json.loads(file.metadata()["record"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, ValueError, KeyError, TypeError, OSError):
             path.unlink()

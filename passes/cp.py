@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -66,8 +66,9 @@ def _start(tensor: Tensor, rank: int, generator: torch.Generator) -> list[Tensor
     made = []
     for mode in range(tensor.dim()):
         left = leading(tensor.movedim(mode, 0), rank)
-        random = torch.randn(len(left), rank - left.shape[1], generator=generator, dtype=torch.float64)
-        made.append(torch.cat([left, random / max(len(left), 1) ** 0.5], 1) + 0.05 * torch.randn(len(left), rank, generator=generator, dtype=torch.float64))
+        draw = partial(torch.randn, generator=generator, dtype=torch.float64, device="cpu")
+        random = draw(len(left), rank - left.shape[1]).to(left)
+        made.append(torch.cat([left, random / max(len(left), 1) ** 0.5], 1) + 0.05 * draw(len(left), rank).to(left))
     return made
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..ir.sites import SiteKind
 from .base import Need, Pass, Plan, SitePass
 from .calibrate import site_groups
 from .context import Context
+from .devices import waiting_for, working_on
 from .pipeline import plan_passes
 
 
@@ -61,7 +62,8 @@ def _reasons(plan: Plan) -> dict[str, tuple[int, str]]:
 
 def dry_run(program: Program, passes: Sequence[Pass], ctx: Context) -> DryRun:
     """Plan all passes and estimate their cost on this machine."""
-    rate = matmul_rate()
+    with working_on(program):
+        rate = matmul_rate(waiting_for(program))
     estimates = []
     for planned in plan_passes(program, passes, ctx):
         needs = planned.one.needs if isinstance(planned.one, SitePass) else Need.NONE
@@ -80,13 +82,16 @@ def dry_run(program: Program, passes: Sequence[Pass], ctx: Context) -> DryRun:
     return DryRun(passes=tuple(estimates))
 
 
-def matmul_rate() -> float:
+def matmul_rate(synchronize: Callable[[], Any] | None = None) -> float:
     """Floating-point operations a second of one 512-wide matmul here, the unit of the time estimates."""
+    wait = synchronize or (lambda: None)
     a = torch.randn(512, 512)
     a @ a
+    wait()
     began = time.perf_counter()
     for _ in range(4):
         a @ a
+    wait()
     return 4 * 2 * 512**3 / (time.perf_counter() - began)
 
 

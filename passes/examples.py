@@ -59,7 +59,7 @@ def _as_example(where: str, batch: Any, inputs: Inputs) -> Example:
     for leaf in pytree.tree_leaves(batch.target):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
             raise TrainingError(f"{where}: its target holds NaN or infinite values; clean the data")
-    return Example(as_call(where, batch.inputs, inputs, TrainingError), batch.target)
+    return Example(as_call(where, batch.inputs, inputs, TrainingError), inputs.placed(batch.target))
 
 
 def training_data(ctx: Context) -> tuple[Example, ...]:
@@ -75,5 +75,5 @@ def split(examples: tuple[T, ...], fraction: float, generator: torch.Generator) 
     if len(examples) < 2:
         return examples, examples
     held = min(len(examples) - 1, max(1, round(fraction * len(examples))))
-    order = torch.randperm(len(examples), generator=generator).tolist()
+    order = torch.randperm(len(examples), generator=generator, device="cpu").tolist()
     return tuple(examples[i] for i in sorted(order[held:])), tuple(examples[i] for i in sorted(order[:held]))

@@ -173,6 +173,14 @@ class FactorizeMpo(Budgeted):
         errors = {f"error_t{t}": error for t, error in winner.errors.items()} if len(members) > 1 else {}
         return as_chain(winner.cores, self._second_first(site, winner)), facts | errors
 
+    def notes(self, program: Program, results: tuple[SiteResult, ...]) -> tuple[str, ...]:
+        """Says so where operators do more arithmetic than the weights they replace."""
+        slower = [times for r in results if (times := r.facts.get("multiplications", 0.0)) > 1.0]
+        if not slower:
+            return super().notes(program, results)
+        why = f"{len(slower)} of {len(results)} operators do more multiply-adds than the weights they replace, the worst {max(slower):.3g} times as many"
+        return (*super().notes(program, results), f"{why}: fewer bytes, but a slower model; factorize_svd, or family=1, is smaller and faster")
+
     def _within(self, matrix: Tensor, members: list[tuple[Modes, int]], gram: Tensor | None, shared: dict[str, Any]) -> list[tuple[Modes, int]]:
         """The member that meets the tolerance with the fewest weights, if any; later members must do with fewer than earlier ones."""
         best: tuple[Modes, int] | None = None

@@ -11,6 +11,7 @@ from ..ir.errors import PassError
 from ..ir.program import Program, Stage
 from .base import Guarantee, Need, Pass, PassReport, Plan, SitePass, SiteResult
 from .context import Context
+from .devices import working_on
 from .stage import run_stage
 
 
@@ -44,14 +45,16 @@ def plan_passes(program: Program, passes: Sequence[Pass], ctx: Context) -> tuple
     Raises `PassError` when a pass would touch nothing and does not say `allow_empty`.
     """
     ghost = program.clone()
-    planned = []
-    for one in passes:
-        before = ghost.nbytes
-        plan = one.analyze(ghost, ctx)
-        _refuse_empty(one, plan)
-        one.preview(ghost, plan, ctx)
-        planned.append(PlannedPass(one, plan, before, ghost.nbytes))
-    return tuple(planned)
+    with working_on(program):
+        return tuple(_planned(ghost, one, ctx) for one in passes)
+
+
+def _planned(ghost: Program, one: Pass, ctx: Context) -> PlannedPass:
+    before = ghost.nbytes
+    plan = one.analyze(ghost, ctx)
+    _refuse_empty(one, plan)
+    one.preview(ghost, plan, ctx)
+    return PlannedPass(one, plan, before, ghost.nbytes)
 
 
 def _refuse_empty(one: Pass, plan: Plan) -> None:
@@ -70,9 +73,10 @@ def run_pipeline(program: Program, passes: Sequence[Pass], ctx: Context) -> Outc
     ctx = ctx if ctx.original is not None else replace(ctx, original=program)
     current = program.clone()
     reports: list[PassReport] = []
-    for number, stage in enumerate(_stages(passes)):
-        reports += _run(current, stage, replace(ctx, stage=number, remarks=[]))
-        current.verify()
+    with working_on(program):
+        for number, stage in enumerate(_stages(passes)):
+            reports += _run(current, stage, replace(ctx, stage=number, remarks=[]))
+            current.verify()
     if current.stage is Stage.CAPTURED and passes:
         current.stage = Stage.COMPRESSED
     return Outcome(current, tuple(reports))

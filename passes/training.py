@@ -101,6 +101,8 @@ class _Trainer:
         notes = [f"loss {standing.start:.4g} -> {standing.best:.4g} ({where}); {standing.step} of {options.steps} steps, best at step {standing.best_step}"]
         if standing.stopped:
             notes.append(f"stopped early: {standing.stopped}")
+        if standing.setbacks:
+            notes.append(f"{standing.setbacks} evaluations above the start: training went back to the best weights, with a quarter of lr={options.lr:g} each")
         if not loop.best and len(standing.history) > 1:
             notes.append("training never beat the start; the weights are as they were")
         if options.hidden and self.teacher is not None and not self.taps:

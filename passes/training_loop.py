@@ -60,6 +60,7 @@ class Leaves:
 class Loop(Generic[T]):
     """Trains `leaves` on `loss(item, tensors)`, evaluated on held-out items every `evaluate_every` steps; the best weights are kept.
 
+    A run that stands above its start goes back to the best weights and takes shorter steps.
     `label` names progress bar and checkpoint. `relative` divides what the optimizer sees by the held-out loss at the start, so that clipping and Adam's
     epsilon mean the same for small losses.
     """
@@ -129,7 +130,7 @@ class Loop(Generic[T]):
             what = f"loss {total}" if not isfinite(total) else f"gradient norm {norm}"
             self.standing.stopped = f"step {self.standing.step} gave {what}; a smaller lr may help"
             return
-        self.optimizer.param_groups[0]["lr"] = options.rate(step)
+        self.optimizer.param_groups[0]["lr"] = options.rate(step) * self.standing.slowed
         self.optimizer.step()
         with torch.no_grad():
             for name, mask in self.leaves.kept.items():
@@ -143,12 +144,23 @@ class Loop(Generic[T]):
         standing, options = self.standing, self.options
         done = standing.step == options.steps
         if not standing.stopped and (done or standing.step % options.evaluate_every == 0):
-            if standing.take(self._evaluate()):
+            loss = self._evaluate()
+            if standing.take(loss):
                 self.best = {name: w.detach().clone() for name, w in self.leaves.weights.items()}
             elif standing.stale >= options.patience and not done:
                 standing.stopped = f"{standing.stale} evaluations without a better one"
+            elif not loss < standing.start and not done:
+                self._go_back()
         if done or standing.stopped or standing.step % options.checkpoint_every == 0:
             save_state(self.ctx, self.label, standing, self.leaves.weights, self.best, self.optimizer)
+
+    def _go_back(self) -> None:
+        """Steps that end above the start were too long: go on from the best weights with a quarter of the rate, and nothing of the momentum."""
+        self.standing.setbacks += 1
+        self.optimizer.state.clear()
+        with torch.no_grad():
+            for name, weight in self.leaves.weights.items():
+                weight.copy_(self.best.get(name, get_tensor(self.leaves.program.graph_module, name)))
 
     def _evaluate(self) -> float:
         """Mean loss of the held-out items, without autocast."""
@@ -163,4 +175,4 @@ class Loop(Generic[T]):
 def _order(count: int, steps: int, generator: torch.Generator) -> list[int]:
     """Indices of `steps` items out of `count`: one random permutation after another."""
     epochs = -(-steps // count)
-    return [i for _ in range(epochs) for i in torch.randperm(count, generator=generator).tolist()][:steps]
+    return [i for _ in range(epochs) for i in torch.randperm(count, generator=generator, device="cpu").tolist()][:steps]

@@ -23,7 +23,13 @@ class Standing:
     best_step: int = 0
     stale: int = 0  # evaluations since the best one
     stopped: str = ""
+    setbacks: int = 0  # times the run went back because it stood above its start
     history: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def slowed(self) -> float:
+        """What is left of the learning rate: a quarter after each setback."""
+        return float(0.25**self.setbacks)
 
     def take(self, loss: float) -> bool:
         """Note a held-out loss; whether it is the best so far."""
@@ -61,10 +67,10 @@ def load_state(ctx: Context, label: str, weights: Mapping[str, Tensor], best: di
             weight.copy_(tensors[f"weight.{index}"])
             adam = {k.removeprefix(f"adam.{index}."): t for k, t in tensors.items() if k.startswith(f"adam.{index}.")}
             if adam:
-                optimizer.state[weight] = {k: t if k == "step" else t.to(weight.device) for k, t in adam.items()}
+                optimizer.state[weight] = {k: t.cpu() if k == "step" else t.to(weight.device) for k, t in adam.items()}
             if f"best.{index}" in tensors:
                 best[name] = tensors[f"best.{index}"].to(weight.device)
-    torch.set_rng_state(tensors["rng"])
+    torch.set_rng_state(tensors["rng"].cpu())
     return _standing(header["standing"])
 
 

@@ -117,7 +117,7 @@ def _run_program(program: Program, ids: Tensor) -> Any:
     filled = [ids if n == main else _fill(n, ids, leaf) if isinstance(leaf, Tensor) else leaf for n, leaf in zip(names, leaves, strict=True)]
     if (reason := program.inputs.why_mismatch(filled)) is not None:
         raise CalibrationError(f"logits_of: the program does not take ids {list(ids.shape)}: {reason}")
-    args, kwargs = pytree.tree_unflatten(filled, pytree.tree_structure((program.inputs.args, program.inputs.kwargs)))
+    args, kwargs = pytree.tree_unflatten(program.inputs.placed(filled), pytree.tree_structure((program.inputs.args, program.inputs.kwargs)))
     return program.run(*args, **kwargs)
 
 
@@ -133,6 +133,8 @@ def _fill(name: str, ids: Tensor, example: Tensor) -> Tensor:
 
 def _run_module(model: nn.Module | Callable[..., Any], ids: Tensor) -> Any:
     known = inspect.signature(model.forward).parameters if isinstance(model, nn.Module) else {}
+    if isinstance(model, nn.Module):
+        ids = ids.to(next((p.device for p in model.parameters()), ids.device))
     extra = {"attention_mask": torch.ones_like(ids), "use_cache": False}
     with torch.no_grad():
         return model(ids, **{k: v for k, v in extra.items() if k in known})

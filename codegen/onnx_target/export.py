@@ -78,6 +78,7 @@ def export_onnx(
     Nothing is left behind when a check fails (`ExportError`).
     """
     steps = _Steps(progress)
+    program = program if program.device.type == "cpu" else program.to("cpu")
     exact = tolerance if tolerance is not None else _default_tolerance(program)
     checked = Checked(checks=(), fused=0, notes=("not checked: check=False",))
     with atomic_file(Path(path)) as scratch:

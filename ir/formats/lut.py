@@ -162,7 +162,7 @@ class Lut(WeightFormat):
         """Tables `[T, E]` of `groups: [T, S]`; of very many weights some drawn at random (always the same places) are looked at."""
         pin_zero = (groups == 0).float().mean(1) >= ENOUGH_ZEROS
         if groups.shape[1] > ENOUGH_SAMPLES:
-            places = torch.randint(groups.shape[1], (ENOUGH_SAMPLES,), generator=torch.Generator().manual_seed(0))
+            places = torch.randint(groups.shape[1], (ENOUGH_SAMPLES,), generator=torch.Generator().manual_seed(0), device="cpu")
             groups = groups[:, places.to(groups.device)]
         return fit_tables(groups, self.entries, pin_zero)
 

@@ -29,8 +29,8 @@ def cluster_rows(matrix: Tensor, weights: Tensor | None, entries: int, *, thread
     tables = torch.empty(matrix.shape[0], entries)
 
     def run(part: slice) -> None:
-        given = None if weights is None else weights[part].detach().float().numpy()
-        tables[part] = torch.from_numpy(_cluster(matrix[part].detach().float().numpy(), given, entries))
+        given = None if weights is None else weights[part].detach().float().cpu().numpy()
+        tables[part] = torch.from_numpy(_cluster(matrix[part].detach().float().cpu().numpy(), given, entries))
 
     over_slices(run, len(matrix), max(1, CHUNK_ELEMENTS // matrix.shape[1]), threads)
     return tables

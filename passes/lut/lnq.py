@@ -39,19 +39,19 @@ class Rows:
 
     def descend(self, codes: Tensor, values: Tensor, cycles: int) -> Tensor:
         """Codes `[N, K] uint8` after `cycles` of coordinate descent over the ascending `values: [N, E]`."""
-        out = codes.clone()
+        out = codes.cpu().clone()
         residual = self._delta(codes, values) @ self.gram
-        arrays = [t.contiguous().numpy() for t in (out, values, residual, self.frozen, self.gram)]
+        arrays = [t.cpu().contiguous().numpy() for t in (out, values, residual, self.frozen, self.gram)]
         self._each(lambda r: _descend(arrays[0][r], arrays[1][r], arrays[2][r], arrays[3][r], arrays[4], cycles))
-        return out
+        return out.to(codes.device)
 
     def normal_equations(self, codes: Tensor, entries: int) -> tuple[Tensor, Tensor]:
         """`P^T H P: [N, E, E]` and `P^T H w: [N, E]`, both f64, of the weights that are not frozen."""
-        left = torch.zeros(len(codes), entries, entries, dtype=torch.float64)
-        right = torch.zeros(len(codes), entries, dtype=torch.float64)
-        arrays = [t.contiguous().numpy() for t in (codes, self.matrix, self.frozen, left, right, self.gram)]
+        left = torch.zeros(len(codes), entries, entries, dtype=torch.float64, device="cpu")
+        right = torch.zeros(len(codes), entries, dtype=torch.float64, device="cpu")
+        arrays = [t.cpu().contiguous().numpy() for t in (codes, self.matrix, self.frozen, left, right, self.gram)]
         self._each(lambda r: _normal(arrays[0][r], arrays[1][r], arrays[2][r], arrays[3][r], arrays[4][r], arrays[5]))
-        return left, right
+        return left.to(codes.device), right.to(codes.device)
 
     def _each(self, work: Callable[[slice], None]) -> None:
         over_slices(work, len(self.matrix), max(1, -(-len(self.matrix) // (4 * self.threads))), self.threads)

@@ -16,6 +16,7 @@ from ...ir.program import Program
 from ...ir.site_calls import conv_geometry
 from ...ir.sites import CONVOLUTIONS, WeightSite
 from ..context import Context
+from ..devices import waiting_for
 from ..memory import Tensors, remembered
 
 ROUNDS, WARMUP = 9, 2
@@ -75,11 +76,12 @@ def seconds(program: Program, jobs: Mapping[str, Sequence[Job]], ctx: Context) -
     def compute() -> Tensors:
         from ...runtime.latency import latency
 
-        whole = latency({"program": program.run_examples}, rounds=ROUNDS, warmup=WARMUP)["program"].seconds.median
+        wait = waiting_for(program)
+        whole = latency({"program": program.run_examples}, rounds=ROUNDS, warmup=WARMUP, synchronize=wait)["program"].seconds.median
         known: dict[str, float] = {}
         for mine in ctx.track(list(jobs.values()), "timing candidates"):
             fresh = {key(job): job for job in mine if key(job) not in known}
-            timed = latency({k: _runner(job) for k, job in fresh.items()}, rounds=ROUNDS, warmup=WARMUP).timings if fresh else ()
+            timed = latency({k: _runner(job) for k, job in fresh.items()}, rounds=ROUNDS, warmup=WARMUP, synchronize=wait).timings if fresh else ()
             known |= {t.name: t.seconds.median for t in timed}
         out = {f"site {name}": torch.tensor([known[key(job)] for job in mine], dtype=torch.float64) for name, mine in jobs.items()}
         return out | {"program": torch.tensor([whole], dtype=torch.float64)}
@@ -98,7 +100,7 @@ def key(job: Job) -> str:
 def _runner(job: Job) -> Callable[[], Any]:
     chain, shape, dtype = job
     filled = filled_chain(chain, dtype)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = _drawn(shape, torch.Generator().manual_seed(0), dtype)
 
     def call() -> Tensor:
         with torch.no_grad():
@@ -115,16 +117,21 @@ def filled_chain(chain: Sequence[Link], dtype: torch.dtype) -> Chain:
         if not isinstance(link, (Product, Convolution)):
             return link
         shape = link.weight.shape
-        return replace(link, weight=(torch.randn(shape, generator=generator) / max(1, prod(shape[1:])) ** 0.5).to(dtype))
+        return replace(link, weight=_drawn(shape, generator, dtype) / max(1, prod(shape[1:])) ** 0.5)
 
     return tuple(fill(link) for link in chain)
+
+
+def _drawn(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=generator, device="cpu").to(torch.get_default_device(), dtype)
 
 
 def share_of(program: Program, other: Program) -> float:
     """Time of one run of `other` on the example inputs over that of `program`, medians of runs in turn."""
     from ...runtime.latency import latency
 
-    return latency({"program": program.run_examples, "other": other.run_examples}, rounds=ROUNDS, warmup=WARMUP)["other"].ratio.median
+    calls = {"program": program.run_examples, "other": other.run_examples}
+    return latency(calls, rounds=ROUNDS, warmup=WARMUP, synchronize=waiting_for(program))["other"].ratio.median
 
 
 def met(measured: Callable[[float], float], budget: float, floor: float) -> float:

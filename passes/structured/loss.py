@@ -34,7 +34,7 @@ def example_loss(criterion: Criterion, program: Program, example: Example, reply
     if criterion.why_not(example) is None:
         return criterion(example, program.inputs.flatten(*example.call), reply, None)
     outputs = [leaf for leaf in reply.leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return torch.stack([(o.float() * torch.randn(o.shape, generator=generator)).sum() for o in outputs]).sum()
+    return torch.stack([(o.float() * torch.randn(o.shape, generator=generator, device="cpu").to(o.device)).sum() for o in outputs]).sum()
 
 
 def differentiable_losses(

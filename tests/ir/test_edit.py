@@ -287,6 +287,9 @@ def test_a_program_moves_and_leaves_its_original_where_it_is(captured: Callable[
     moved = program.to("meta")
     tensors = dict(named_tensors(moved.graph_module))
     assert {t.device.type for t in tensors.values()} == {"meta"} and {t.device.type for t in moved.inputs.leaves} == {"meta"}
+    assert moved.device.type == "meta" and program.device.type == "cpu"
+    assert {n.meta["val"].device.type for n in moved.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)} == {"meta"}
+    assert moved.inputs.placed({"x": torch.zeros(2)})["x"].device.type == "meta"
     assert all(t.device.type == "cpu" for _, t in named_tensors(program.graph_module))
     for one, other in (s.tensors + t.tensors for s in program.sites() for t in program.sites() if t.name in s.tied):
         assert tensors[one] is tensors[other]

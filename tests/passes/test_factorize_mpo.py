@@ -30,6 +30,12 @@ def test_every_member_keeps_the_ratio_and_runs(family: int) -> None:
     assert output_error(program, done.program, ctx) < 0.6
 
 
+def test_operators_that_are_slower_than_their_weights_are_named() -> None:
+    program, ctx = conv_net()
+    notes = {t: run_pipeline(program, [FactorizeMpo(ratio=0.5, family=t, only=("hidden",), refine=0)], ctx).reports[0].notes for t in (1, 8)}
+    assert notes[1] == () and "1 of 1 operators do more multiply-adds than the weights they replace, the worst" in notes[8][0]
+
+
 def test_the_best_member_is_taken_and_reported() -> None:
     program, ctx = conv_net()
     facts = run_pipeline(program, [FactorizeMpo(ratio=0.3, only=("hidden",))], ctx).reports[0].taken[0].facts

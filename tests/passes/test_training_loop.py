@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +27,8 @@ def leaves(pattern: str = "head") -> Leaves:
     return Leaves.of(tower(), [p for p in find_parts(tower())[0] if p.name == pattern], keep_zeros=True)
 
 
-def loop(scale: float, *, relative: bool, options: TrainingOptions = OPTIONS, items: tuple[list[float], list[float]] = ([1.0], [1.0])) -> Loop[float]:
-    def loss(target: float, tensors: Tensors) -> Tensor:
+def loop(scale: float, *, relative: bool, options: TrainingOptions = OPTIONS, items: tuple[list[Any], list[Any]] = ([1.0], [1.0])) -> Loop[Any]:
+    def loss(target: Any, tensors: Tensors) -> Tensor:
         return scale * (tensors["head.weight"] - target).square().mean()
 
     return Loop(leaves(), loss, items, options, Context(), label="test", generator=torch.Generator().manual_seed(0), relative=relative)
@@ -47,6 +48,17 @@ def test_held_out_items_decide() -> None:
     worse = loop(1.0, relative=False, items=([1.0], [float(get_tensor(tower().graph_module, "head.weight").detach().mean())]), options=replace(OPTIONS, lr=1.0))
     standing = worse.run()
     assert standing.best == standing.start and not worse.tensors and len(standing.history) == 3
+
+
+def test_steps_that_are_too_long_are_taken_back_and_shortened() -> None:
+    start = get_tensor(tower().graph_module, "head.weight").detach().clone()
+    near = torch.full_like(start, 0.01).add(start)
+    far = loop(1.0, relative=False, items=([near], [near]), options=replace(OPTIONS, steps=60, lr=1.0, patience=20))
+    standing = far.run()
+    assert standing.setbacks >= 2 and standing.slowed == 0.25**standing.setbacks
+    assert standing.best < 0.5 * standing.start and standing.stopped == ""
+    near_enough = loop(1.0, relative=False, options=replace(OPTIONS, lr=1e-3)).run()
+    assert near_enough.setbacks == 0 and near_enough.slowed == 1.0
 
 
 def test_leaves_are_contiguous_copies_as_a_checkpoint_gives_them_back() -> None:
