@@ -42,6 +42,7 @@ class Need(Flag):
     NONE = 0
     MEAN = auto()  # [K]
     MEAN_SQUARE = auto()  # [K]
+    MEAN_ABS = auto()  # [K]
     ABS_MAX = auto()  # [K]
     GRAM = auto()  # [K, K]
     GUIDED = auto()  # [P, K, K] a site: the Gram of rows weighted by squared output gradients

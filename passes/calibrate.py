@@ -62,7 +62,7 @@ def as_call(where: str, batch: Any, inputs: Inputs, kind: type[FxpressError]) ->
 class Statistics:
     """Statistics of one data node over `tokens` rows (tokens, or conv patches). G is the number of conv groups, else 1.
 
-    `mean`, `mean_square`, `abs_max`: `[G, K] f32`; `gram`: `[G, K, K] f32`, the mean of x x^T. Only what was asked for is set. By the name of the site:
+    `mean`, `mean_abs`, `mean_square`, `abs_max`: `[G, K] f32`; `gram`: `[G, K, K] f32`, the mean of x x^T. Only what was asked for is set. By the site's name:
     `guided: [P, K, K] f32`, the mean of s x x^T for every part of the outputs, and `fisher: [N, K] f32` (see `sensitivities`). `inputs`: the node's values,
     one a batch, shared with the walk.
     """
@@ -70,6 +70,7 @@ class Statistics:
     tokens: int = 0
     mean: Tensor | None = None
     mean_square: Tensor | None = None
+    mean_abs: Tensor | None = None
     abs_max: Tensor | None = None
     gram: Tensor | None = None
     guided: dict[str, Tensor] = field(default_factory=dict)
@@ -85,6 +86,8 @@ class Statistics:
             self.mean = _sum(self.mean, rows.sum(1))
         if Need.MEAN_SQUARE in needs:
             self.mean_square = _sum(self.mean_square, rows.square().sum(1))
+        if Need.MEAN_ABS in needs:
+            self.mean_abs = _sum(self.mean_abs, rows.abs().sum(1))
         if Need.ABS_MAX in needs:
             peak = rows.abs().amax(1)
             self.abs_max = peak if self.abs_max is None else torch.maximum(self.abs_max, peak)
@@ -93,7 +96,7 @@ class Statistics:
 
     def finish(self) -> None:
         """Turn sums into means and refuse values that are not finite."""
-        for name in ("mean", "mean_square", "gram"):
+        for name in ("mean", "mean_abs", "mean_square", "gram"):
             value = getattr(self, name)
             if value is not None:
                 value.div_(self.tokens)

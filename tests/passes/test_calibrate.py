@@ -12,7 +12,7 @@ from fxpress.passes.calibrate import CalibrationWalk, as_calls, site_groups
 
 from .nets import ConvNet, conv_net, tied_net
 
-ALL = Need.MEAN | Need.MEAN_SQUARE | Need.ABS_MAX | Need.GRAM
+ALL = Need.MEAN | Need.MEAN_ABS | Need.MEAN_SQUARE | Need.ABS_MAX | Need.GRAM
 
 
 def test_statistics_equal_float64_reference_on_linears() -> None:
@@ -27,6 +27,7 @@ def test_statistics_equal_float64_reference_on_linears() -> None:
     torch.testing.assert_close(statistics.gram[0].double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)  # type: ignore[index]
     torch.testing.assert_close(statistics.mean[0].double(), x.mean(0), rtol=1e-4, atol=1e-6)  # type: ignore[index]
     torch.testing.assert_close(statistics.mean_square[0].double(), x.square().mean(0), rtol=1e-4, atol=1e-6)  # type: ignore[index]
+    torch.testing.assert_close(statistics.mean_abs[0].double(), x.abs().mean(0), rtol=1e-5, atol=1e-6)  # type: ignore[index]
     torch.testing.assert_close(statistics.abs_max[0].double(), x.abs().amax(0), rtol=1e-6, atol=1e-7)  # type: ignore[index]
 
 

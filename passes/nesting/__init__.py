@@ -1,0 +1,1 @@
+"""Orders of units in which every prefix is a good smaller layer."""

@@ -1,0 +1,129 @@
+"""Slice: a smaller model out of a nested one, a prefix of the units of every layer, at one width for all or one for each (Mix'n'Match, arXiv 2310.07707).
+
+Cutting equals masking the units behind the prefix; where `nest` centred a layer's inputs, what the missing units add on average goes into its bias.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..ir.centres import centre_of, fold_centre
+from ..ir.edit import Editor
+from ..ir.errors import PassError, SpecError
+from ..ir.program import Program
+from ..ir.spec import option
+from ..ir.structure import Role, find_structure
+from .base import Decision, Guarantee, Pass, Plan, SiteResult, Skip
+from .context import Context
+from .structured.amounts import change
+from .structured.groups import Group, cut, find_groups
+
+HEADS = (Role.HEAD, Role.KV_GROUP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice(Pass):
+    """Keeps the first units of every nested feed-forward layer: a `ratio` of each, or `widths`, one for all or one a layer in the order of the graph.
+
+    `heads`: the share of key-value groups (of heads, where every head has its own keys) that stays. Widths by ratio are rounded to a multiple of
+    `multiple_of` where it is smaller than the layer; given widths must be one. `unsorted` allows layers that no `nest` has ordered. `only` and `skip` match
+    class names such as `layers.0.mlp.up.weight[0]`.
+    """
+
+    guarantee: ClassVar[Guarantee] = Guarantee.CALIBRATED
+    ratio: float | None = option(None, gt=0.0, le=1.0)
+    widths: tuple[int, ...] = ()
+    heads: float | None = option(None, gt=0.0, le=1.0)
+    multiple_of: int = option(8, ge=1)
+    unsorted: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ratio is not None and self.widths:
+            raise SpecError(f"{self.name}: give ratio or widths, not both")
+        if self.ratio is None and not self.widths and self.heads is None:
+            raise SpecError(f"{self.name}: give ratio, widths or heads, for example {self.name}{{ratio=0.75}}")
+        if any(w < 1 for w in self.widths):
+            raise SpecError(f"{self.name}: a width must be at least 1, got {min(self.widths)}; drop_blocks removes whole layers")
+        if (odd := next((w for w in self.widths if w % self.multiple_of), None)) is not None:
+            raise SpecError(f"{self.name}: width {odd} is no multiple of multiple_of={self.multiple_of}; quantization groups and kernels want aligned widths")
+
+    def analyze(self, program: Program, ctx: Context) -> Plan:
+        """One decision for every layer that gets narrower."""
+        groups, skips = self._groups(program)
+        counts = self._counts([g for g in groups if g.role is Role.FFN], [g for g in groups if g.role is not Role.FFN])
+        skips = (*skips, *(Skip(g.name, f"{g.role.value}: keeps all {g.size}") for g, k in counts.items() if k == g.size))
+        return Plan(pass_spec=self.to_spec(), decisions=tuple(_decision(g, k) for g, k in counts.items() if k < g.size), skips=skips)
+
+    def preview(self, program: Program, plan: Plan, ctx: Context) -> None:
+        """Cut: nothing here looks at data."""
+        self._carry_out(program, plan)
+
+    def rewrite(self, program: Program, plan: Plan, ctx: Context) -> tuple[SiteResult, ...]:
+        """Cut, and fold the centres of the layers that were cut."""
+        before = program.parameters
+        self._carry_out(program, plan)
+        ctx.remarks.append(f"parameters {change(before, program.parameters)}")
+        return tuple(
+            SiteResult(site=d.site, action=d.action, bytes_before=d.bytes_before, bytes_after=d.bytes_after, facts=dict(d.facts)) for d in plan.decisions
+        )
+
+    def _carry_out(self, program: Program, plan: Plan) -> None:
+        counts = {d.site: int(d.facts["kept"]) for d in plan.decisions}
+        groups = {g: torch.arange(counts[g.name]) for g in find_groups(program, find_structure(program), (Role.FFN, *HEADS)) if g.name in counts}
+        consumers = {c.site.name for g in groups for c in g.consumers}
+        cut(program, groups, self.to_spec(), "prefix of a nested layer")
+        with Editor(program, self.to_spec()) as editor:
+            for site in [s for s in program.sites() if s.name in consumers]:
+                fold_centre(editor, site, "what the missing units add on average")
+
+    def _groups(self, program: Program) -> tuple[list[Group], tuple[Skip, ...]]:
+        structure = find_structure(program)
+        roles = (*((Role.FFN,) if self.ratio is not None or self.widths else ()), *(HEADS if self.heads is not None else ()))
+        groups = find_groups(program, structure, roles)
+        ordered = nested_sites(program)
+        reasons = {g: why for g in groups if (why := self.why_unnamed(g.name)) is not None}
+        loose = [g for g in groups if g not in reasons and not any(c.site.name in ordered for c in g.consumers)]
+        if loose and not self.unsorted:
+            raise PassError(
+                f"{self.to_spec()}: the units of {loose[0].name}{f' and {len(loose) - 1} more layers' if len(loose) > 1 else ''} are in no order of "
+                "importance, so a prefix of them is an arbitrary choice; put nest{} before, or set unsorted=true"
+            )
+        pinned = [Skip(c.name, f"{structure.roles[c].value}: {c.pinned[0]}") for c in structure.analysis.classes if structure.role_of(c) in roles and c.pinned]
+        return [g for g in groups if g not in reasons], (*pinned, *(Skip(g.name, why) for g, why in reasons.items()))
+
+    def _counts(self, layers: list[Group], heads: list[Group]) -> dict[Group, int]:
+        if self.widths and len(self.widths) not in (1, len(layers)):
+            raise PassError(f"{self.to_spec()}: expected one width, or one for each of the {len(layers)} feed-forward layers, got {len(self.widths)}")
+        widths = self.widths * len(layers) if len(self.widths) == 1 else self.widths
+        if wide := next(((g, w) for g, w in zip(layers, widths, strict=False) if w > g.size), None):
+            raise PassError(f"{self.to_spec()}: width {wide[1]} is more than the {wide[0].size} units of {wide[0].name}")
+        found = dict(zip(layers, widths, strict=True)) if widths else {g: self._rounded(g.size) for g in layers}
+        by_layer = {g: max(1, round((self.heads or 1.0) * g.size)) for g in heads if g.role is Role.KV_GROUP}
+        grouped = {g.layer for g in by_layer}
+        return found | by_layer | {g: max(1, round((self.heads or 1.0) * g.size)) for g in heads if g.role is Role.HEAD and g.layer not in grouped}
+
+    def _rounded(self, size: int) -> int:
+        step = self.multiple_of if size > self.multiple_of else 1
+        return min(size, max(step, round((self.ratio or 1.0) * size / step) * step))
+
+
+def nested_sites(program: Program) -> set[str]:
+    """Names of the sites whose inputs a `nest` has put in order, by the journal."""
+    named = {c.after.module for c in program.journal.changes if c.pass_spec.split("{")[0] == "nest" and c.after is not None}
+    return named | {s.name for s in program.sites() if centre_of(s) is not None}
+
+
+def _decision(group: Group, kept: int) -> Decision:
+    saved, holds = (group.size - kept) * group.parameters, group.size * group.parameters
+    facts = {"size": group.size, "kept": kept, "parameters_saved": saved, "macs_saved": (group.size - kept) * group.macs}
+    return Decision(
+        site=group.name,
+        action=f"{group.role.value}: keep the first {kept} of {group.size}",
+        bytes_before=4 * holds,
+        bytes_after=4 * (holds - saved),
+        facts=facts,
+    )
