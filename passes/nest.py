@@ -27,7 +27,8 @@ from .nesting.orders import NestImportance, unit_orders
 from .structured.groups import Group, cut, find_groups
 
 ROLES = (Role.FFN, Role.HEAD, Role.KV_GROUP)
-TOLERANCE = 1e-5  # of the largest output: the full model may move by rounding only
+PLANNED = "units will be put in order"  # in the journal of a program on which later passes are only planned
+TOLERANCE = 1e-5  # relative: the full model may move by rounding only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,8 @@ class Nest(Pass):
     def preview(self, program: Program, plan: Plan, ctx: Context) -> None:
         """No unit moves, and what is taken off is zero."""
         groups = self._planned(program, plan)
-        self._carry_out(program, {g: torch.arange(g.size) for g in groups}, {c.site.name: torch.zeros(c.site.columns) for g in groups for c in g.consumers})
+        means = {c.site.name: torch.zeros(c.site.columns) for g in groups for c in g.consumers}
+        self._carry_out(program, {g: torch.arange(g.size) for g in groups}, means, PLANNED)
 
     def rewrite(self, program: Program, plan: Plan, ctx: Context) -> tuple[SiteResult, ...]:
         """Order, centre, and check that the outputs on the example inputs moved by rounding only."""
@@ -64,11 +66,11 @@ class Nest(Pass):
         if not groups:
             return ()
         before = _outputs(program)
-        self._carry_out(program, *self._ordered(program, groups, ctx))
+        self._carry_out(program, *self._ordered(program, groups, ctx), f"units in order of {self.importance.value}")
         moved = _difference(_outputs(program), before)
         if not moved <= TOLERANCE * (100 if any(t.dtype in (torch.float16, torch.bfloat16) for t in before) else 1):
-            raise PassError(f"{self.to_spec()}: the outputs moved by {moved:.2e} of the largest, expected at most {TOLERANCE}; please report the model")
-        ctx.remarks.append(f"outputs on the example inputs moved by {moved:.1e} of the largest")
+            raise PassError(f"{self.to_spec()}: the outputs moved by {moved:.2e} of their size, expected at most {TOLERANCE}; please report the model")
+        ctx.remarks.append(f"outputs on the example inputs moved by {moved:.1e} of their size")
         return tuple(
             SiteResult(site=d.site, action=d.action, bytes_before=d.bytes_before, bytes_after=d.bytes_after, facts=dict(d.facts)) for d in plan.decisions
         )
@@ -87,12 +89,12 @@ class Nest(Pass):
         wanted = {d.site for d in plan.decisions}
         return [g for g in self._groups(program)[0] if g.name in wanted]
 
-    def _carry_out(self, program: Program, orders: Mapping[Group, Tensor], means: Mapping[str, Tensor]) -> None:
+    def _carry_out(self, program: Program, orders: Mapping[Group, Tensor], means: Mapping[str, Tensor], why: str) -> None:
         sites = {c.site.name: c.site for g in orders for c in g.consumers}
         with Editor(program, self.to_spec()) as editor:
             for site in [s for s in sites.values() if self.centre and why_not_centred(s) is None]:
                 centre(editor, site, means[site.name], "mean taken off, so that every prefix has the right bias")
-        cut(program, orders, self.to_spec(), f"units in order of {self.importance.value}")
+        cut(program, orders, self.to_spec(), why)
 
     def _groups(self, program: Program) -> tuple[list[Group], tuple[Skip, ...]]:
         structure = find_structure(program)
@@ -117,5 +119,5 @@ def _outputs(program: Program) -> list[Tensor]:
 
 
 def _difference(got: list[Tensor], wanted: list[Tensor]) -> float:
-    """Largest difference over the largest value, of all outputs."""
-    return max((float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-30)) for a, b in zip(got, wanted, strict=True)), default=0.0)
+    """The largest `|a - b| / |b|` of all outputs."""
+    return max((float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)) for a, b in zip(got, wanted, strict=True)), default=0.0)

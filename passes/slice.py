@@ -56,29 +56,20 @@ class Slice(Pass):
         groups, skips = self._groups(program)
         counts = self._counts([g for g in groups if g.role is Role.FFN], [g for g in groups if g.role is not Role.FFN])
         skips = (*skips, *(Skip(g.name, f"{g.role.value}: keeps all {g.size}") for g, k in counts.items() if k == g.size))
-        return Plan(pass_spec=self.to_spec(), decisions=tuple(_decision(g, k) for g, k in counts.items() if k < g.size), skips=skips)
+        return Plan(pass_spec=self.to_spec(), decisions=tuple(decision(g, k) for g, k in counts.items() if k < g.size), skips=skips)
 
     def preview(self, program: Program, plan: Plan, ctx: Context) -> None:
         """Cut: nothing here looks at data."""
-        self._carry_out(program, plan)
+        cut_prefixes(program, plan, self.to_spec(), (Role.FFN, *HEADS))
 
     def rewrite(self, program: Program, plan: Plan, ctx: Context) -> tuple[SiteResult, ...]:
         """Cut, and fold the centres of the layers that were cut."""
         before = program.parameters
-        self._carry_out(program, plan)
+        cut_prefixes(program, plan, self.to_spec(), (Role.FFN, *HEADS))
         ctx.remarks.append(f"parameters {change(before, program.parameters)}")
         return tuple(
             SiteResult(site=d.site, action=d.action, bytes_before=d.bytes_before, bytes_after=d.bytes_after, facts=dict(d.facts)) for d in plan.decisions
         )
-
-    def _carry_out(self, program: Program, plan: Plan) -> None:
-        counts = {d.site: int(d.facts["kept"]) for d in plan.decisions}
-        groups = {g: torch.arange(counts[g.name]) for g in find_groups(program, find_structure(program), (Role.FFN, *HEADS)) if g.name in counts}
-        consumers = {c.site.name for g in groups for c in g.consumers}
-        cut(program, groups, self.to_spec(), "prefix of a nested layer")
-        with Editor(program, self.to_spec()) as editor:
-            for site in [s for s in program.sites() if s.name in consumers]:
-                fold_centre(editor, site, "what the missing units add on average")
 
     def _groups(self, program: Program) -> tuple[list[Group], tuple[Skip, ...]]:
         structure = find_structure(program)
@@ -111,13 +102,25 @@ class Slice(Pass):
         return min(size, max(step, round((self.ratio or 1.0) * size / step) * step))
 
 
+def cut_prefixes(program: Program, plan: Plan, spec: str, roles: tuple[Role, ...]) -> None:
+    """Cut what the plan names, and fold the centres of the layers that were cut."""
+    counts = {d.site: int(d.facts["kept"]) for d in plan.decisions}
+    groups = {g: torch.arange(counts[g.name]) for g in find_groups(program, find_structure(program), roles) if g.name in counts}
+    consumers = {c.site.name for g in groups for c in g.consumers}
+    cut(program, groups, spec, "prefix of a nested layer")
+    with Editor(program, spec) as editor:
+        for site in [s for s in program.sites() if s.name in consumers]:
+            fold_centre(editor, site, "what the missing units add on average")
+
+
 def nested_sites(program: Program) -> set[str]:
     """Names of the sites whose inputs a `nest` has put in order, by the journal."""
     named = {c.after.module for c in program.journal.changes if c.pass_spec.split("{")[0] == "nest" and c.after is not None}
     return named | {s.name for s in program.sites() if centre_of(s) is not None}
 
 
-def _decision(group: Group, kept: int) -> Decision:
+def decision(group: Group, kept: int) -> Decision:
+    """Keep the first so many units of the group."""
     saved, holds = (group.size - kept) * group.parameters, group.size * group.parameters
     facts = {"size": group.size, "kept": kept, "parameters_saved": saved, "macs_saved": (group.size - kept) * group.macs}
     return Decision(

@@ -67,6 +67,14 @@ def dense_chain(site: WeightSite, rows: int | None = None, columns: int | None =
 Job = tuple[Chain, tuple[int, ...], torch.dtype]  # a chain, the shape of its input, the type of both
 
 
+def narrow_job(site: WeightSite, size: int, width: int, *, inside: bool) -> Job:
+    """A linear's own operator with `width` of `size` units among its inputs (`inside`) or its outputs."""
+    *before, columns = input_shape(site)
+    if inside:
+        return dense_chain(site, columns=site.columns * width // size), (*before, columns * width // size), site.dtype
+    return dense_chain(site, rows=site.rows * width // size), (*before, columns), site.dtype
+
+
 def seconds(program: Program, jobs: Mapping[str, Sequence[Job]], ctx: Context) -> Tensors:
     """By name the seconds of each of its chains, `[jobs] f64`, and of one run of the program (`program`), medians of runs in turn. Remembered over the run.
 

@@ -88,10 +88,11 @@ def _network(one: FeedForward, group: Group, limits: Limits, shares: Sequence[fl
     near = {min(counts, key=lambda k: (abs(k - share * group.size), k)) for share in shares} - {group.size}
     down = one.down
     bias = down.rows * down.dtype.itemsize if down.bias is None and down.kind is not SiteKind.MM else 0
-    return Network(group, group.consumers[0], one.sites, tuple(sorted(near)), _unit_bytes(group.analysis, group), bias)
+    return Network(group, group.consumers[0], one.sites, tuple(sorted(near)), unit_bytes(group.analysis, group), bias)
 
 
-def _unit_bytes(analysis: AxisAnalysis, group: Group) -> int:
+def unit_bytes(analysis: AxisAnalysis, group: Group) -> int:
+    """Bytes of one index of the group in all tensors that hold it."""
     fewer: dict[object, Tensor] = {group.axis.atom: torch.arange(group.size - 1)}
     total = 0
     for name in {o.tensor for o in group.axis.occurrences}:

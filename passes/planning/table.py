@@ -12,7 +12,7 @@ from ...ir.chain import Chain
 from ...ir.program import Program
 from ...ir.sites import WeightSite
 from ..context import Context
-from .amounts import NANOSECONDS, Job, chain_bytes, chain_macs, dense_chain, input_shape, seconds, site_macs
+from .amounts import NANOSECONDS, Job, chain_bytes, chain_macs, dense_chain, input_shape, narrow_job, seconds, site_macs
 from .candidates import Candidate
 from .choices import Kind, Option, Table, Unit, Way, combined
 from .curves import Curves
@@ -106,22 +106,13 @@ def _latency(scope: Scope, ways: Ways, ctx: Context) -> Amounts:
         jobs[name] = [(chain, input_shape(site), site.dtype) for chain in chains]
     for network in scope.networks:
         for site in network.sites:
-            jobs[f"{network.name} {site.name}"] = [_narrow(network, site, k) for k in network.counts]
+            jobs[f"{network.name} {site.name}"] = [narrow_job(site, network.group.size, k, inside=site.name == network.down.site.name) for k in network.counts]
     timed = seconds(scope.program, jobs, ctx)
     for network in scope.networks:
         timed[network.name] = torch.stack([timed[f"{network.name} {s.name}"] for s in network.sites]).sum(0)
     total = float(timed["program"][0])
     scale = min(1.0, total / max(sum(float(timed[n][0]) for n in sites), 1e-12)) * NANOSECONDS
     return int(total * NANOSECONDS), {place: [int(t * scale) for t in timed[place].tolist()] for place in ways}
-
-
-def _narrow(network: Network, site: WeightSite, kept: int) -> Job:
-    """The site's own operator with so many hidden units."""
-    *before, width = input_shape(site)
-    size = network.group.size
-    if site.name == network.down.site.name:
-        return dense_chain(site, columns=site.columns * kept // size), (*before, width * kept // size), site.dtype
-    return dense_chain(site, rows=site.rows * kept // size), (*before, width), site.dtype
 
 
 def _items(scope: Scope, ways: Ways, extra: Mapping[str, int]) -> list[list[Option]]:
