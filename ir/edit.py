@@ -63,17 +63,18 @@ class Editor:
                 raise EditError(f"{name} {list(old.shape)} is a view into storage that {alias} also uses; clone one of them before capture")
             set_tensor(self._module, alias, tensor, parameter=isinstance(old, torch.nn.Parameter))
 
-    def resize_axis(self, analysis: AxisAnalysis, kept: Mapping[AxisClass, Tensor], why: str) -> None:
+    def resize_axis(self, analysis: AxisAnalysis, kept: Mapping[AxisClass, Tensor], why: str, *, views: bool = False) -> None:
         """Keep only the given indices (`[kept] int64`, in their new order) of each class, everywhere it occurs; see `resize`.
 
         `analysis` must be of this program as it stands, and is spent afterwards. Every node that reads a changed tensor is journalled as retyped.
+        `views`: prefixes share memory with the tensors they were cut from.
         """
         choice = checked_choice(analysis, kept)
         aliases = alias_classes(self._module)
         names = {alias for name in changed_tensors(analysis, choice) for alias in aliases.of(name)}
         sites = {s.node: s for s in find_sites(self.program)}
         before = {n: record(n, sites.get(n)) for n in readers(self.program.graph, names)}
-        resize(self, analysis, choice)
+        resize(self, analysis, choice, views=views)
         sites = {s.node: s for s in find_sites(self.program)}
         for node, old in before.items():
             self._journal(Action.RETYPED, why, old, record(node, sites.get(node)))

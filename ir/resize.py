@@ -37,12 +37,15 @@ def checked_choice(analysis: AxisAnalysis, kept: Mapping[AxisClass, Tensor]) -> 
     return {one.atom: indices.to(torch.get_default_device(), torch.int64) for one, indices in kept.items()}
 
 
-def resize(editor: Editor, analysis: AxisAnalysis, choice: Choice) -> None:
-    """Carry out a checked choice on the editor's program, which is the one `analysis` was made of; when that fails the program is as before."""
+def resize(editor: Editor, analysis: AxisAnalysis, choice: Choice, *, views: bool = False) -> None:
+    """Carry out a checked choice on the editor's program, which is the one `analysis` was made of; when that fails the program is as before.
+
+    With `views` the smaller tensors share memory with the old ones; `EditError` where what stays is no prefix.
+    """
     _check_same(editor, analysis)
     restore = _saved(editor.program)
     try:
-        _carry_out(editor, analysis, choice)
+        _carry_out(editor, analysis, choice, views)
     except BaseException:
         restore()
         raise
@@ -65,13 +68,13 @@ def _saved(program: Program) -> Callable[[], None]:
     return restore
 
 
-def _carry_out(editor: Editor, analysis: AxisAnalysis, choice: Choice) -> None:
+def _carry_out(editor: Editor, analysis: AxisAnalysis, choice: Choice, views: bool) -> None:
     for name in changed_tensors(analysis, choice):
         tensor = get_tensor(editor.program.graph_module, name).detach()
         for dim, axis in enumerate(analysis.tensors[name]):
             if any(leaf in choice for leaf in leaves(axis)):
-                tensor = tensor.index_select(dim, kept_positions(axis, choice).to(tensor.device))
-        editor.set_tensor(name, tensor.contiguous())
+                tensor = _kept(tensor, dim, kept_positions(axis, choice).to(tensor.device), f"resize {name}" if views else "")
+        editor.set_tensor(name, tensor if views else tensor.contiguous())
     _rewrite_splits(analysis, choice)
     for constant in analysis.constants:
         _rewrite(constant, choice)
@@ -82,6 +85,15 @@ def _carry_out(editor: Editor, analysis: AxisAnalysis, choice: Choice) -> None:
         relax_views(editor.program.graph)
     propagate(editor.program)
     _check_shapes(analysis, choice)
+
+
+def _kept(tensor: Tensor, dim: int, positions: Tensor, view: str) -> Tensor:
+    """The positions of one dimension; a view where one was asked for (by what an error begins with)."""
+    if not view:
+        return tensor.index_select(dim, positions)
+    if not torch.equal(positions, torch.arange(len(positions), device=positions.device)):
+        raise EditError(f"{view}: what stays in dimension {dim} is no prefix, so it would have to be copied; use the pass slice")
+    return tensor.narrow(dim, 0, len(positions))
 
 
 def changed_tensors(analysis: AxisAnalysis, choice: Choice) -> list[str]:

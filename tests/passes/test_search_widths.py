@@ -18,7 +18,7 @@ from fxpress.passes.search_widths import Search, SearchWidths, frontier
 from fxpress.passes.slice import nested_sites
 
 from ..tiny import fresh_program
-from .nesting.test_width_loss import nested
+from .nesting.nets import nested
 from .test_decompose_modules import data
 
 

@@ -17,12 +17,8 @@ from fxpress.passes.slice import nested_sites
 
 from ..masking import TOLERANCE, difference, double, masked, outputs
 from ..tiny import fresh_program, tiny
-from .test_decompose_modules import data
+from .nesting.nets import nested
 from .test_nest import ARCHITECTURES
-
-
-def nested(name: str) -> Program:
-    return fxpress.optimize(fresh_program(name), "nest", calibration=data(name)).program
 
 
 def sliced(program: Program, spec: str) -> Any:
@@ -32,7 +28,7 @@ def sliced(program: Program, spec: str) -> Any:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("spec", ["ratio=0.5", "heads=0.5"])
 def test_a_slice_is_the_masked_full_model(name: str, spec: str) -> None:
-    program = double(nested(name), spread=0.0)
+    program = double(nested(name)[0], spread=0.0)
     result = sliced(program, spec)
     expected = program
     for taken in result.reports[0].taken:
@@ -45,7 +41,7 @@ def test_a_slice_is_the_masked_full_model(name: str, spec: str) -> None:
 
 
 def test_widths_of_layers_are_their_own() -> None:
-    program = nested("llama")
+    program = nested("llama")[0]
     result = sliced(program, "widths=[24,64]")
     sizes = [c.size for c in analyze_axes(result.program).classes if "mlp" in c.name]
     assert sizes == [24, 64] and "parameters" in result.reports[0].notes[0]
@@ -57,7 +53,7 @@ def test_widths_of_layers_are_their_own() -> None:
 
 def test_no_subtraction_is_left_where_it_was_cut(tmp_path: Path) -> None:
     pytest.importorskip("onnx")
-    result = sliced(nested("vit"), "ratio=0.5,heads=0.5")
+    result = sliced(nested("vit")[0], "ratio=0.5,heads=0.5")
     assert not any(n.target is torch.ops.aten.sub.Tensor for n in result.program.graph.nodes)
     result.save(tmp_path / "small")
     assert difference(outputs(fxpress.load(tmp_path / "small").program), outputs(result.program)) == 0
@@ -65,7 +61,7 @@ def test_no_subtraction_is_left_where_it_was_cut(tmp_path: Path) -> None:
 
 
 def test_refusals() -> None:
-    program = nested("llama")
+    program = nested("llama")[0]
     assert len(nested_sites(program)) >= 4 and not nested_sites(fresh_program("llama"))
     with pytest.raises(PassError, match="in no order of importance, so a prefix of them is an arbitrary choice; put nest"):
         sliced(fresh_program("llama"), "ratio=0.5")

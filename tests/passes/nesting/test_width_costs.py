@@ -12,7 +12,7 @@ from fxpress.passes.context import Context
 from fxpress.passes.nesting.width_costs import Unit, width_costs
 from fxpress.passes.structured.groups import find_groups
 
-from .test_width_loss import nested
+from .nets import nested
 
 
 def test_bytes_and_arithmetic_are_those_of_the_slice() -> None:

@@ -15,15 +15,7 @@ from fxpress.passes.examples import Example
 from fxpress.passes.nesting.width_loss import WidthLoss, curve, single_losses
 from fxpress.passes.structured.groups import find_groups
 
-from ...tiny import fresh_program
-from ..test_decompose_modules import data
-
-
-def nested(name: str) -> tuple[fxpress.Program, Context]:
-    from fxpress.passes.calibrate import as_calls
-
-    program = fxpress.optimize(fresh_program(name), "nest", calibration=data(name)).program
-    return program, Context(calibration=as_calls(data(name), program.inputs))
+from .nets import nested
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])

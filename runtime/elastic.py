@@ -1,0 +1,85 @@
+"""One nested model, loaded once, run at any width: every width is a graph of its own over views of the same weights, and no weight is copied.
+
+MatFormer (arXiv 2310.07707) switches width by a global factor; here a width belongs to the call, so that threads may use different ones.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ir.axes import analyze_axes
+from ..ir.edit import Editor
+from ..ir.errors import PassError
+from ..ir.program import Program
+from ..ir.structure import Role, find_structure
+from ..ir.weights import named_tensors
+from ..passes.context import Context
+from ..passes.slice import Slice, nested_sites
+from ..passes.structured.groups import find_groups
+
+Width = float | int | Sequence[int]
+
+
+class Elastic:
+    """`elastic(..., width=0.5)` runs the first half of the units of every feed-forward layer of a program that `nest` has ordered.
+
+    A width is a share of every layer, one number of units for all layers, or one for each in the order of the graph. `heads` is a share of the key-value
+    groups (heads). Where a layer's inputs are centred, the missing units count by their mean, at every width.
+    """
+
+    def __init__(self, program: Program, *, multiple_of: int = 8) -> None:
+        """Raises `PassError` for a program that is not nested."""
+        if not nested_sites(program):
+            raise PassError("Elastic: the program's units are in no order of importance; run the pass nest first")
+        self.program, self.multiple_of = program, multiple_of
+        self._views: dict[tuple[Any, ...], Program] = {}
+        self._lock = threading.Lock()
+
+    def at(self, width: Width = 1.0, heads: float = 1.0) -> Program:
+        """The program at a width, made once; its tensors are the full program's, or prefixes of them."""
+        key = (tuple(width) if isinstance(width, Sequence) else (type(width), width), heads)
+        with self._lock:
+            if key not in self._views:
+                self._views[key] = self._view(width, heads)
+            return self._views[key]
+
+    def __call__(self, *args: Any, width: Width = 1.0, heads: float = 1.0, **kwargs: Any) -> Any:
+        """Run at a width; inputs as the program takes them."""
+        return self.at(width, heads).run(*args, **kwargs)
+
+    def widths(self) -> dict[str, int]:
+        """Feed-forward layers by name with the number of their units."""
+        return {g.name: g.size for g in find_groups(self.program, find_structure(self.program), (Role.FFN,))}
+
+    def _view(self, width: Width, heads: float) -> Program:
+        plan = self._slice(width, heads).analyze(self.program, Context())
+        small = self.program.clone()
+        analysis = analyze_axes(small)
+        kept = {analysis.class_named(d.site): torch.arange(int(d.facts["kept"])) for d in plan.decisions}
+        if kept:
+            with Editor(small, plan.pass_spec) as editor:
+                editor.resize_axis(analysis, kept, "view of a nested layer", views=True)
+        return small
+
+    def _slice(self, width: Width, heads: float) -> Slice:
+        asked = None if heads == 1.0 else heads
+        if isinstance(width, float):
+            return Slice(ratio=width, heads=asked, multiple_of=self.multiple_of, allow_empty=True)
+        widths = (width,) if isinstance(width, int) else tuple(width)
+        return Slice(widths=widths, heads=asked, multiple_of=self.multiple_of, allow_empty=True)
+
+
+def shared_bytes(full: Program, small: Program) -> tuple[int, int]:
+    """Bytes of `small` that lie in the memory of `full`, and all of its bytes."""
+    held = {t.untyped_storage().data_ptr() for t in _tensors(full).values()}
+    sizes = {name: t.nbytes for name, t in _tensors(small).items()}
+    return sum(n for name, n in sizes.items() if _tensors(small)[name].untyped_storage().data_ptr() in held), sum(sizes.values())
+
+
+def _tensors(program: Program) -> Mapping[str, Tensor]:
+    return dict(named_tensors(program.graph_module))
