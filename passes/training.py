@@ -76,11 +76,11 @@ class _Trainer:
     def __init__(
         self, program: Program, teacher: Program | None, data: Sequence[Example], options: TrainingOptions, ctx: Context, parts: Sequence[Part], label: str
     ) -> None:
-        self.options, self.program = _with_teacher(options, teacher), program
+        self.options, self.program = with_teacher(options, teacher), program
         self.criterion = criterion(program, self.options, ctx, data)
         needed = teacher if self.criterion.distils() else None
         self.taps = hidden_nodes(program, needed) if needed is not None and options.hidden else []
-        self.student, self.teacher = Tapped(program, self.taps), _Teacher(needed, self.taps, options.cache) if needed is not None else None
+        self.student, self.teacher = Tapped(program, self.taps), Teacher(needed, self.taps, options.cache) if needed is not None else None
         leaves, generator = Leaves.of(program, parts, keep_zeros=options.keep_zeros), ctx.generator()
         items = split(tuple(data), options.held_out, generator)
         self.loop = Loop(leaves, self._loss, items, self.options, ctx, label=label, generator=generator)
@@ -110,7 +110,7 @@ class _Trainer:
         return notes
 
 
-class _Teacher:
+class Teacher:
     """The original's replies, kept for batches that come again while they fit into `limit` MiB; held-out batches come first."""
 
     def __init__(self, program: Program, taps: Sequence[str], limit: int) -> None:
@@ -129,7 +129,7 @@ class _Teacher:
         return reply
 
 
-def _with_teacher(options: TrainingOptions, teacher: Program | None) -> TrainingOptions:
+def with_teacher(options: TrainingOptions, teacher: Program | None) -> TrainingOptions:
     """Without a teacher, `auto` is the task alone; what asks for a teacher is refused."""
     if teacher is not None:
         return options

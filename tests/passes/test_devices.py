@@ -29,7 +29,7 @@ RECIPES = (
     ("llama", "prune_structured{ratio=0.3,importance=taylor}"), ("llama", "drop_blocks{count=1}"), ("conv", "fold_affine"), ("conv", "recalibrate_norms"),
     ("llama", "migrate_scales"), ("llama", "allocate_bits{budget=4bits}"), ("llama", "factorize_svd{ratio=0.7}"), ("llama", "factorize_mpo{ratio=0.7}"),
     ("llama", "factorize_mpo{ratio=0.7,family=2,metric=weight}"), ("conv", "factorize_tucker{ratio=0.6}"), ("conv", "factorize_cp{ratio=0.6}"),
-    ("llama", "nest; slice{ratio=0.5,heads=0.5}"), ("llama", "nest; search_widths{budget=0.85,levels=11}"),
+    ("llama", "nest; slice{ratio=0.5,heads=0.5}"), ("llama", "nest; search_widths{budget=0.85,levels=11}"), ("llama", "nest; train_nested{steps=3}"),
     ("llama", "decompose_modules{ratio=0.7,multiple_of=4,head_multiple=2}"), ("vit", "decompose_modules{ratio=0.7,multiple_of=4,head_multiple=2}"),
     ("llama", "plan_factorization{budget=0.8}"), ("conv", "plan_factorization{budget=0.8}"),
     ("llama", "factorize_svd{ratio=0.6}; recover{steps=3}"), ("llama", "factorize_svd{ratio=0.6}; recover{scope=block,steps=3}"),

@@ -213,14 +213,14 @@ def test_the_originals_outputs_are_kept_for_batches_seen_again(
     teacher, calls = captured("mlp"), []
     student = pruned(teacher)
 
-    class Counted(training._Teacher):
+    class Counted(training.Teacher):
         def __init__(self, program: Program, taps: Any, limit: int) -> None:
             super().__init__(program, taps, limit)
             run = self._run
             self._run = lambda call: calls.append(call) or run(call)  # type: ignore[assignment,func-returns-value]
 
     plain = fine_tune(student, teacher, data(teacher, 3), replace(FAST, steps=12, evaluate_every=12), Context())
-    monkeypatch.setattr(training, "_Teacher", Counted)
+    monkeypatch.setattr(training, "Teacher", Counted)
     counted = fine_tune(student, teacher, data(teacher, 3), replace(FAST, steps=12, evaluate_every=12, cache=cache), Context())
     assert len(calls) == runs  # 12 steps and 2 evaluations, or each of the 3 batches once
     assert_same(dict(counted.tensors), dict(plain.tensors))

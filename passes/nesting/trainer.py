@@ -1,0 +1,93 @@
+"""Train one set of weights to be a good model at several widths at once (MatFormer, arXiv 2310.07707, section 3).
+
+Every width is a view of the full model (`runtime.elastic`), so a step at half the width does half of the feed-forward arithmetic, and its gradients reach the
+prefixes it read. By default one width is drawn a step and all layers take it; `joint` sums the losses of all widths instead (the first version's, and 2.6
+times the arithmetic).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ...ir.program import Program
+from ...ir.weights import named_tensors
+from ...runtime.elastic import Elastic
+from ..context import Context
+from ..examples import Example, split
+from ..tapped import Tapped
+from ..trainable import Part
+from ..training import Teacher, criterion, with_teacher
+from ..training_loop import Leaves, Loop, Tensors
+from ..training_options import TrainingOptions
+from ..training_state import Standing
+
+Item = Example | tuple[Example, int]  # a held-out item names its width
+
+
+class _Student:
+    """The model at one width, run with prefixes of the full weights."""
+
+    def __init__(self, small: Program) -> None:
+        self.run = Tapped(small)
+        self._shapes = {name: tensor.shape for name, tensor in named_tensors(small.graph_module)}
+
+    def prefixes(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Views of the full tensors, through which gradients flow."""
+        return {n: t[tuple(slice(0, size) for size in self._shapes[n])] for n, t in tensors.items() if n in self._shapes}
+
+
+class NestedTrainer:
+    """One run: a student for every share, one teacher (the full original) for all of them."""
+
+    def __init__(
+        self,
+        program: Program,
+        parts: Sequence[Part],
+        data: Sequence[Example],
+        options: TrainingOptions,
+        ctx: Context,
+        *,
+        shares: Sequence[float],
+        probabilities: Sequence[float],
+        joint: bool,
+        multiple_of: int,
+    ) -> None:
+        self.shares, self.joint, self._program = tuple(shares), joint, program
+        self._chances = torch.tensor(probabilities, dtype=torch.float64, device="cpu")
+        options = with_teacher(options, ctx.original)
+        self._criterion = criterion(program, options, ctx, data)
+        self._teacher = Teacher(ctx.original, (), options.cache) if ctx.original is not None and self._criterion.distils() else None
+        elastic = Elastic(program, multiple_of=multiple_of)
+        self._students = [_Student(elastic.at(float(share))) for share in self.shares]
+        training, held_out = split(tuple(data), options.held_out, ctx.generator())
+        self._held_out = held_out
+        items: tuple[Sequence[Item], Sequence[Item]] = (training, [(e, place) for e in held_out for place in range(len(self.shares))])
+        leaves = Leaves.of(program, parts, keep_zeros=options.keep_zeros)
+        self.loop: Loop[Item] = Loop(leaves, self._loss, items, options, ctx, label="train_nested", generator=ctx.generator())
+
+    def run(self) -> Standing:
+        """Train, or go on where a checkpoint stands; widths are drawn at the run's seed."""
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(self.loop.ctx.seed)
+            return self.loop.run()
+
+    def losses(self, weights: Mapping[str, Tensor]) -> list[float]:
+        """Held-out loss at every width, of weights under one name each; those not named are the program's own."""
+        bound = self.loop.leaves.bound(self.loop.leaves.weights | dict(weights)) if weights else {}
+        with torch.no_grad():
+            return [sum(float(self._at(e, place, bound)) for e in self._held_out) / len(self._held_out) for place in range(len(self.shares))]
+
+    def _loss(self, item: Item, tensors: Tensors) -> Tensor:
+        if isinstance(item, tuple):
+            return self._at(*item, tensors)
+        places = range(len(self.shares)) if self.joint else torch.multinomial(self._chances, 1).tolist()
+        return torch.stack([self._at(item, place, tensors) for place in places]).mean()
+
+    def _at(self, example: Example, place: int, tensors: Tensors) -> Tensor:
+        student = self._students[place]
+        reply = self._teacher(example) if self._teacher is not None else None
+        inputs = self._program.inputs.flatten(*example.call)
+        return self._criterion(example, inputs, student.run(example.call, student.prefixes(tensors)), reply)
