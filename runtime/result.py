@@ -104,6 +104,12 @@ class Result:
 
         return save(folder, self.program, reports=self.reports, recipe=self.recipe, bytes_before=self.bytes_before)
 
+    def save_pretrained(self, folder: str | Path, model: nn.Module, *, tokenizer: Any = None) -> Path:
+        """Write a Hugging Face folder of the smaller model, which `from_pretrained` loads; `model` is the one that was compressed. See `runtime.pretrained`."""
+        from .pretrained import save_pretrained
+
+        return save_pretrained(self.program, model, folder, tokenizer=tokenizer)
+
     def _original(self, what: str) -> Program:
         if self.original is None:
             raise ArtifactError(f"{what} needs the original program, which a loaded artefact does not hold; call it on the Result of fxpress.optimize")
