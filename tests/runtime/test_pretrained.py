@@ -16,7 +16,7 @@ from ..passes.nesting.nets import nested
 from ..tiny import fresh_program, tiny
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2", "opt", "bert", "vit"])
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "bert", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "opt", "vit"))])
 def test_a_slice_is_loaded_by_its_own_class(name: str, tmp_path: Path) -> None:
     result = fxpress.optimize(nested(name)[0], "slice{ratio=0.5}")
     kind = type(tiny(name).model)

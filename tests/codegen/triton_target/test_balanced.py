@@ -12,11 +12,12 @@ from fxpress.codegen.triton_target.layout import Structure
 from fxpress.ir.formats.balanced import Balanced
 
 from .sparse_checks import COLUMNS, ROWS, VALUES, check
+from .weights import EITHER
 
 WEIGHT = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", EITHER)
 @pytest.mark.parametrize("values", [*VALUES, "lut{entries=16}"])
 def test_packing_changes_no_value(values: str, dtype: torch.dtype) -> None:
     check(BalancedPath(), Balanced(values=values), WEIGHT, Structure.BALANCED, dtype)

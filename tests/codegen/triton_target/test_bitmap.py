@@ -13,13 +13,13 @@ from fxpress.codegen.triton_target.layout import Structure
 from fxpress.ir.formats.bitmap import Bitmap
 
 from .sparse_checks import COLUMNS, ROWS, VALUES, answer, check
-from .weights import random_mask
+from .weights import EITHER, random_mask
 
 WEIGHT = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0)) * random_mask(ROWS, COLUMNS, 0.45)
 COUNT = int((WEIGHT != 0).sum())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", EITHER)
 @pytest.mark.parametrize("values", VALUES)
 def test_packing_changes_no_value(values: str, dtype: torch.dtype) -> None:
     check(BitmapPath(), Bitmap(count=COUNT, values=values), WEIGHT, Structure.BITMAP, dtype)

@@ -16,7 +16,7 @@ from fxpress.codegen.triton_target.path import Stored
 from fxpress.codegen.triton_target.schedule import Schedule
 from fxpress.ir.formats.composite import Composite
 
-from .weights import DEVICE
+from .weights import DEVICE, EITHER
 
 WEIGHT = torch.randn(20, 160, generator=torch.Generator().manual_seed(0))
 OUTLIERS = "sparse_outliers{count=40}"
@@ -29,7 +29,7 @@ def _stored(*parts: str, dtype: torch.dtype = torch.float16) -> Stored:
 
 @pytest.mark.parametrize("other", ["lut{entries=16}", "lut{entries=8,rows_per_table=none}", "affine{bits=4,group_size=32}"])
 @pytest.mark.parametrize("outliers_first", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", EITHER)
 def test_the_packed_sum_is_the_formats(other: str, outliers_first: bool, dtype: torch.dtype) -> None:
     """Float16 outliers take two slots in bfloat16."""
     stored = _stored(*((OUTLIERS, other) if outliers_first else (other, OUTLIERS)), dtype=dtype)

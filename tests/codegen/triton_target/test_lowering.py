@@ -16,7 +16,7 @@ from fxpress.ir.capture import capture
 from fxpress.ir.errors import LowerError
 from fxpress.ir.program import Program, Stage
 
-from .weights import DEVICE
+from .weights import DEVICE, EITHER
 
 
 class _Net(nn.Module):
@@ -33,7 +33,7 @@ def _program(dtype: torch.dtype = torch.float16) -> Program:
     return capture(_Net().to(dtype), (torch.randn(2, 3, 96).to(dtype),))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", EITHER)
 @pytest.mark.parametrize(
     "recipe",
     [

@@ -15,7 +15,7 @@ from fxpress.codegen.triton_target.pack import pack
 from fxpress.codegen.triton_target.path import Stored
 from fxpress.ir.formats.lut import Lut, TableType
 
-from .weights import DEVICE
+from .weights import DEVICE, EITHER
 
 WEIGHT = torch.randn(20, 160, generator=torch.Generator().manual_seed(0))
 
@@ -24,7 +24,7 @@ def _stored(fmt: Lut, dtype: torch.dtype = torch.float16) -> Stored:
     return Stored(format=fmt, payload=fmt.encode(WEIGHT), rows=20, columns=160, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", EITHER)
 @pytest.mark.parametrize(
     ("fmt", "kind"),
     [

@@ -16,7 +16,7 @@ from fxpress.codegen.triton_target.slots import CHUNK, Outliers, slots_of
 from fxpress.ir.errors import LowerError
 
 from .test_launch import COLUMNS, ROWS, SMALL, check
-from .weights import kept_of_group, random_mask, random_source
+from .weights import EITHER, kept_of_group, random_mask, random_source
 
 EMPTY = torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
 
@@ -42,7 +42,7 @@ def _outliers(mask: Tensor, dtype: torch.dtype) -> tuple[Outliers, Tensor]:
     return Outliers(row=row[order], column=column[order], value=value), exact
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", EITHER)
 @pytest.mark.parametrize("kind", ["few", "corners", "one row", "all"])
 def test_outliers_over_a_table(kind: str, dtype: torch.dtype) -> None:
     """The other part is zero at these places, so that decoding stays exact."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from fxpress.codegen.triton_target.layout import Values
 from fxpress.codegen.triton_target.pack import Source
 
+EITHER = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]  # every structure and kind runs in both in test_launch.py
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
