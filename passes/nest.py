@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ..ir.centres import centre, why_not_centred
 from ..ir.edit import Editor
-from ..ir.errors import PassError
+from ..ir.errors import CalibrationError, PassError
 from ..ir.program import Program
 from ..ir.sites import SiteKind
 from ..ir.structure import Role, find_structure
@@ -46,6 +46,8 @@ class Nest(Pass):
 
     def analyze(self, program: Program, ctx: Context) -> Plan:
         """One decision for every class of units; a skip for each that stays in its order."""
+        if not ctx.calibration:
+            raise CalibrationError(f"{self.name} needs calibration data; pass calibration=[batch, ...] with batches shaped like example_inputs")
         groups, skips = self._groups(program)
         sizes = {g: 4 * g.size * g.parameters for g in groups}
         decisions = tuple(
