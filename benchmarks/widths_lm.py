@@ -2,8 +2,8 @@
 
     python benchmarks/widths_lm.py [--windows 8] [--importance elimination] [--unit macs] [--exchanges 24]
 
-Budgets are those of 87.5, 75 and 50 % of every feed-forward layer. The search looks at two calibration batches (2,048 tokens of even articles), perplexity is over
-odd ones. Rows go to benchmarks/results/widths_lm.json one by one. Baseline: the package's 4-bit weights dequantized to fp32.
+Budgets are those of 87.5, 75 and 50 % of every feed-forward layer. The search looks at two calibration batches (2,048 tokens of even articles), perplexity is
+over odd ones. Rows go to benchmarks/results/widths_lm.json one by one. Baseline: the package's 4-bit weights dequantized to fp32.
 """
 
 from __future__ import annotations
