@@ -17,6 +17,7 @@ from typing import Any
 
 from factorization_lm import Bench, smollm2
 
+from fxpress.ir.files import cache_dir
 from fxpress.ir.program import Program
 from fxpress.ir.structure import Role, find_structure
 from fxpress.passes.base import parse_pass
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--exchanges", type=int, default=24, help="exchanges that are tried")
     arguments = parser.parse_args()
     bench, began = smollm2(arguments.windows), time.perf_counter()
-    folder = Path.home() / ".cache" / "fxpress" / f"widths-{arguments.importance}"
+    folder = cache_dir() / f"widths-{arguments.importance}"
     context = replace(bench.context, checkpoint=Checkpoint(folder, f"{arguments.importance} {arguments.windows}"))
     nested = run_pipeline(bench.program, [parse_pass(f"nest{{importance={arguments.importance},roles=[ffn]}}")], context).program
     options = SearchWidths(budget=0.9, unit=Unit(arguments.unit), multiple_of=32, min_keep=0.25, exchanges=arguments.exchanges)
