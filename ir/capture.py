@@ -10,7 +10,6 @@ import warnings
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
@@ -65,8 +64,8 @@ def _where_weights_lie(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     if len(found) > 1:
         listed = ", ".join(f"{name} on {device}" for device, name in found.items())
         raise CaptureError(f"the weights lie on {len(found)} devices ({listed}); move the model to one of them")
-    placed: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, lambda t: t.to(next(iter(found), t.device)), (args, kwargs))
-    return placed
+    placed = Inputs(args, kwargs).to(next(iter(found))) if found else Inputs(args, kwargs)
+    return placed.args, placed.kwargs
 
 
 def _advice(what: str, error: Exception) -> str:

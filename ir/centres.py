@@ -61,5 +61,4 @@ def fold_centre(editor: Editor, site: WeightSite, why: str) -> None:
 
 def _shift(editor: Editor, site: WeightSite, mean: Tensor, why: str) -> None:
     """Add `W mean` to the bias."""
-    old = get_tensor(editor.program.graph_module, site.bias).detach().double() if site.bias else torch.zeros(site.rows, dtype=torch.float64)
-    editor.set_bias(site, (old + site.matrix().double() @ mean).to(site.dtype), why)
+    editor.set_bias(site, (site.bias_vector() + site.matrix().double() @ mean).to(site.dtype), why)

@@ -148,6 +148,12 @@ class WeightSite:
             return self.format.decode(self.payload(), self.rows, self.columns, self.dtype)
         return self.to_matrix(get_tensor(module, self.tensors[0]).detach())
 
+    def bias_vector(self) -> Tensor:
+        """The stored bias `[N]`, zeros for a site without one, in float64."""
+        module = self.node.graph.owning_module
+        assert module is not None
+        return get_tensor(module, self.bias).detach().double() if self.bias else torch.zeros(self.rows, dtype=torch.float64)
+
     def payload(self) -> dict[str, Tensor]:
         """Stored tensors by their format names (a plain site: its weight as dense `values`)."""
         module = self.node.graph.owning_module

@@ -111,7 +111,7 @@ class AllocateBits(Pass):
         for site in program.sites():
             if site.name in decisions:
                 site.node.meta[PLANNED_BITS] = int(decisions[site.name].facts["bits"])
-        return tuple(SiteResult(site=d.site, action=d.action, bytes_before=d.bytes_before, bytes_after=d.bytes_after, facts=d.facts) for d in plan.decisions)
+        return plan.carried_out()
 
     def notes(self, program: Program, results: tuple[SiteResult, ...]) -> tuple[str, ...]:
         """How many sites got which width, and the bytes planned."""

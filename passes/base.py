@@ -90,6 +90,12 @@ class Plan:
         """Plain data for JSON."""
         return asdict(self)
 
+    def carried_out(self) -> tuple[SiteResult, ...]:
+        """The decisions as results, of a pass that does just what it decided."""
+        return tuple(
+            SiteResult(site=d.site, action=d.action, bytes_before=d.bytes_before, bytes_after=d.bytes_after, facts=dict(d.facts)) for d in self.decisions
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SiteResult:

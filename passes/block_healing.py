@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx
 
 from ..ir.errors import PassError, TrainingError
@@ -89,8 +88,7 @@ def heal_blocks(program: Program, parts: Sequence[Part], data: Sequence[Example]
     """Train the tensors of `parts` layer by layer; neither program is changed. A layer that does not get better on held-out batches keeps its weights."""
     if ctx.original is None:
         raise TrainingError("scope=block needs the original program; run the pass in fxpress.optimize, or use scope=model with objective=task")
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(ctx.seed)
+    with ctx.training_mode():
         return _BlockHealer(program, ctx.original, parts, data, options, ctx).run(label)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -44,6 +45,13 @@ class Context:
     def generator(self) -> torch.Generator:
         """A fresh generator at the run's seed."""
         return torch.Generator().manual_seed(self.seed)
+
+    @contextmanager
+    def training_mode(self) -> Iterator[None]:
+        """Gradients on, and torch's own random numbers drawn at the run's seed; both as they were afterwards."""
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(self.seed)
+            yield
 
     def track(self, items: Sequence[T] | Iterable[T], label: str, total: int | None = None, status: Callable[[], str] | None = None) -> Iterator[T]:
         """Iterate with a progress bar when the run shows progress and stands at a terminal; `status` says something beside it after every item."""

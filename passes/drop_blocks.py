@@ -88,7 +88,7 @@ class DropBlocks(Pass):
         with Editor(program, self.to_spec()) as editor:
             for block, name in sorted(going, key=lambda g: -order[g[0].node]):  # later ones first: their stream may be an earlier one's node
                 editor.drop_branch(block.node, block.stream, f"dropped: {name}")
-        return tuple(SiteResult(site=d.site, action=d.action, bytes_before=d.bytes_before, bytes_after=d.bytes_after, facts=d.facts) for d in plan.decisions)
+        return plan.carried_out()
 
     def _units(self, program: Program) -> list[_Unit]:
         if self.granularity is Granularity.BLOCK:

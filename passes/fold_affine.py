@@ -95,7 +95,7 @@ def _fold(editor: Editor, program: Program, site: WeightSite, norm: fx.Node) -> 
 
     eps = argument(norm, "eps")
     scale = read("weight", 1.0) / (read("running_var", 1.0) + eps).sqrt()
-    bias = get_tensor(program.graph_module, site.bias).detach().double() if site.bias else torch.zeros(site.rows).double()
+    bias = site.bias_vector()
     why = f"absorbs batch norm {norm_name(norm)}"
     editor.set_matrix(site, site.matrix().double() * scale.unsqueeze(1), why)
     editor.set_bias(site, ((bias - read("running_mean", 0.0)) * scale + read("bias", 0.0)).to(site.dtype), why)

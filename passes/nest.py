@@ -24,7 +24,7 @@ from .base import Decision, Guarantee, Pass, Plan, SiteResult, Skip
 from .context import Context
 from .memory import remembered
 from .nesting.orders import NestImportance, unit_orders
-from .structured.groups import Group, cut, find_groups
+from .structured.groups import Group, cut, find_groups, pinned_skips
 
 ROLES = (Role.FFN, Role.HEAD, Role.KV_GROUP)
 PLANNED = "units will be put in order"  # in the journal of a program on which later passes are only planned
@@ -73,9 +73,7 @@ class Nest(Pass):
         if not moved <= TOLERANCE * (100 if any(t.dtype in (torch.float16, torch.bfloat16) for t in before) else 1):
             raise PassError(f"{self.to_spec()}: the outputs moved by {moved:.2e} of their size, expected at most {TOLERANCE}; please report the model")
         ctx.remarks.append(f"outputs on the example inputs moved by {moved:.1e} of their size")
-        return tuple(
-            SiteResult(site=d.site, action=d.action, bytes_before=d.bytes_before, bytes_after=d.bytes_after, facts=dict(d.facts)) for d in plan.decisions
-        )
+        return plan.carried_out()
 
     def _ordered(self, program: Program, groups: list[Group], ctx: Context) -> tuple[dict[Group, Tensor], dict[str, Tensor]]:
         """Orders and means, made once a run and once over runs that share a checkpoint folder."""
@@ -102,10 +100,7 @@ class Nest(Pass):
         structure = find_structure(program)
         groups = find_groups(program, structure, self.roles)
         reasons = {g: why for g in groups if (why := self.why_unnamed(g.name) or why_not_nested(g)) is not None}
-        pinned = [
-            Skip(c.name, f"{structure.roles[c].value}: {c.pinned[0]}") for c in structure.analysis.classes if structure.role_of(c) in self.roles and c.pinned
-        ]
-        return [g for g in groups if g not in reasons], (*pinned, *(Skip(g.name, why) for g, why in reasons.items()))
+        return [g for g in groups if g not in reasons], (*pinned_skips(structure, self.roles), *(Skip(g.name, why) for g, why in reasons.items()))
 
 
 def why_not_nested(group: Group) -> str | None:

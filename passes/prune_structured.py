@@ -19,13 +19,13 @@ from ..ir.program import Program
 from ..ir.sites import SiteKind
 from ..ir.spec import option
 from ..ir.structure import Role, find_structure
-from .base import Decision, Guarantee, Pass, Plan, SiteResult, Skip
+from .base import Guarantee, Pass, Plan, SiteResult, Skip
 from .context import Context
 from .memory import remembered
-from .structured.amounts import Counts, Limits, Ranking, Schedule, change, choose_indices, first_indices, ranked, refuse_budget, uniform
+from .structured.amounts import Counts, Limits, Ranking, Schedule, change, choose_indices, first_indices, kept_decision, ranked, refuse_budget, uniform
 from .structured.budgets import Budget, measure
 from .structured.compensate import Compensation, compensate, why_not
-from .structured.groups import Group, cut, find_groups
+from .structured.groups import Group, cut, find_groups, pinned_skips
 from .structured.scores import Importance, Scores, comparable, score_groups
 
 DEFAULT_ROLES = (Role.FFN, Role.HEAD, Role.KV_GROUP, Role.CONV_OUT)
@@ -62,7 +62,7 @@ class PruneStructured(Pass):
         """One decision per group that loses something; a skip for every pinned class of a wanted role, and for groups that stay whole."""
         found = self._groups(program)
         counts = self._counts(program, found.groups, ctx) if found.groups else {}
-        decisions = tuple(_decision(g, k) for g, k in counts.items() if k < g.size)
+        decisions = tuple(kept_decision(g, k) for g, k in counts.items() if k < g.size)
         whole = tuple(
             Skip(g.name, f"{g.role.value}: keeps all {g.size}: too important, or {g.size} is too few to round") for g, k in counts.items() if k == g.size
         )
@@ -97,8 +97,7 @@ class PruneStructured(Pass):
         groups = find_groups(program, structure, wanted)
         skips = [Skip(g.name, why) for g in groups if (why := self.why_unnamed(g.name)) is not None]
         left_out = {s.site for s in skips}
-        pinned = [c for c in structure.analysis.classes if structure.role_of(c) in wanted and c.pinned]
-        skips += [Skip(c.name, f"{structure.roles[c].value}: {c.pinned[0]}") for c in pinned]
+        skips += pinned_skips(structure, wanted)
         present = {structure.role_of(c) for c in structure.analysis.classes}
         skips += [Skip("(model)", f"it has no {r.value}") for r in self.roles if r not in present]
         return _Found([g for g in groups if g.name not in left_out], tuple(skips))
@@ -175,17 +174,8 @@ def _new_biases(groups: list[Group]) -> int:
     return sum(s.rows for s in sites if s.bias is None and s.kind is not SiteKind.MM and why_not(s) is None)
 
 
-def _decision(group: Group, kept: int) -> Decision:
-    saved = (group.size - kept) * group.parameters
-    facts = {"size": group.size, "kept": kept, "parameters_saved": saved, "macs_saved": (group.size - kept) * group.macs}
-    holds = group.size * group.parameters
-    return Decision(
-        site=group.name, action=f"{group.role.value}: keep {kept} of {group.size}", bytes_before=4 * holds, bytes_after=4 * (holds - saved), facts=facts
-    )
-
-
 def _result(group: Group, kept: Tensor, scores: Tensor, errors: Mapping[str, float]) -> SiteResult:
-    decision = _decision(group, len(kept))
+    decision = kept_decision(group, len(kept))
     share = 1 - float(scores[kept].sum() / scores.sum().clamp_min(1e-30))
     mine = [errors[c.site.name] for c in group.consumers if c.site.name in errors]
     facts = dict(decision.facts) | {"importance_removed": share} | ({"output_error": max(mine)} if mine else {})

@@ -22,8 +22,8 @@ from .memory import Memory
 from .nest import PLANNED
 from .nesting.width_costs import Unit, width_costs
 from .nesting.width_loss import WidthLoss, curve, single_losses
-from .slice import cut_prefixes, decision, nested_sites
-from .structured.amounts import Limits
+from .slice import cut_prefixes, nested_sites
+from .structured.amounts import Limits, kept_decision
 from .structured.groups import Group, find_groups
 
 Counts = dict[Group, int]
@@ -78,18 +78,18 @@ class SearchWidths(Pass):
             f"{found.share:.1%} of the program's {self.unit.value}; loss predicted {found.predicted:.4g}, measured {found.measured:.4g} "
             f"(from {found.start}, {found.exchanges} exchanges)"
         )
-        return Plan(pass_spec=self.to_spec(), decisions=tuple(decision(g, w) for g, w in widths.items() if w < g.size), skips=(*skips, *whole))
+        return Plan(
+            pass_spec=self.to_spec(), decisions=tuple(kept_decision(g, w, "the first ") for g, w in widths.items() if w < g.size), skips=(*skips, *whole)
+        )
 
     def preview(self, program: Program, plan: Plan, ctx: Context) -> None:
         """Cut."""
-        cut_prefixes(program, plan, self.to_spec(), self.roles)
+        cut_prefixes(program, plan, self.roles)
 
     def rewrite(self, program: Program, plan: Plan, ctx: Context) -> tuple[SiteResult, ...]:
         """Cut, as `slice` does."""
-        cut_prefixes(program, plan, self.to_spec(), self.roles)
-        return tuple(
-            SiteResult(site=d.site, action=d.action, bytes_before=d.bytes_before, bytes_after=d.bytes_after, facts=dict(d.facts)) for d in plan.decisions
-        )
+        cut_prefixes(program, plan, self.roles)
+        return plan.carried_out()
 
     def _groups(self, program: Program) -> tuple[list[Group], tuple[Skip, ...]]:
         groups = find_groups(program, find_structure(program), self.roles)
@@ -216,7 +216,7 @@ class _Ahead(Search):
     """What is planned before `nest` has put units in order: equal shares, nothing measured."""
 
     def __init__(self, options: SearchWidths, program: Program, groups: Sequence[Group], ctx: Context) -> None:
-        super().__init__(replace(options, exchanges=0), program, groups, replace(ctx, calibration=(), checkpoint=None, memory=Memory()))
+        super().__init__(options, program, groups, replace(ctx, calibration=(), checkpoint=None, memory=Memory()))
 
     def run(self, budget: float) -> Found:
         """Equal shares."""

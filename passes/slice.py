@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from ..ir.centres import centre_of, fold_centre
 from ..ir.edit import Editor
@@ -16,10 +17,10 @@ from ..ir.errors import PassError, SpecError
 from ..ir.program import Program
 from ..ir.spec import option
 from ..ir.structure import Role, find_structure
-from .base import Decision, Guarantee, Pass, Plan, SiteResult, Skip
+from .base import Guarantee, Pass, Plan, SiteResult, Skip
 from .context import Context
-from .structured.amounts import change
-from .structured.groups import Group, cut, find_groups
+from .structured.amounts import change, kept_decision
+from .structured.groups import Group, cut, find_groups, pinned_skips
 
 HEADS = (Role.HEAD, Role.KV_GROUP)
 
@@ -56,20 +57,18 @@ class Slice(Pass):
         groups, skips = self._groups(program)
         counts = self._counts([g for g in groups if g.role is Role.FFN], [g for g in groups if g.role is not Role.FFN])
         skips = (*skips, *(Skip(g.name, f"{g.role.value}: keeps all {g.size}") for g, k in counts.items() if k == g.size))
-        return Plan(pass_spec=self.to_spec(), decisions=tuple(decision(g, k) for g, k in counts.items() if k < g.size), skips=skips)
+        return Plan(pass_spec=self.to_spec(), decisions=tuple(kept_decision(g, k, "the first ") for g, k in counts.items() if k < g.size), skips=skips)
 
     def preview(self, program: Program, plan: Plan, ctx: Context) -> None:
         """Cut: nothing here looks at data."""
-        cut_prefixes(program, plan, self.to_spec(), (Role.FFN, *HEADS))
+        cut_prefixes(program, plan, (Role.FFN, *HEADS))
 
     def rewrite(self, program: Program, plan: Plan, ctx: Context) -> tuple[SiteResult, ...]:
         """Cut, and fold the centres of the layers that were cut."""
         before = program.parameters
-        cut_prefixes(program, plan, self.to_spec(), (Role.FFN, *HEADS))
+        cut_prefixes(program, plan, (Role.FFN, *HEADS))
         ctx.remarks.append(f"parameters {change(before, program.parameters)}")
-        return tuple(
-            SiteResult(site=d.site, action=d.action, bytes_before=d.bytes_before, bytes_after=d.bytes_after, facts=dict(d.facts)) for d in plan.decisions
-        )
+        return plan.carried_out()
 
     def _groups(self, program: Program) -> tuple[list[Group], tuple[Skip, ...]]:
         structure = find_structure(program)
@@ -83,8 +82,7 @@ class Slice(Pass):
                 f"{self.to_spec()}: the units of {loose[0].name}{f' and {len(loose) - 1} more layers' if len(loose) > 1 else ''} are in no order of "
                 "importance, so a prefix of them is an arbitrary choice; put nest{} before, or set unsorted=true"
             )
-        pinned = [Skip(c.name, f"{structure.roles[c].value}: {c.pinned[0]}") for c in structure.analysis.classes if structure.role_of(c) in roles and c.pinned]
-        return [g for g in groups if g not in reasons], (*pinned, *(Skip(g.name, why) for g, why in reasons.items()))
+        return [g for g in groups if g not in reasons], (*pinned_skips(structure, roles), *(Skip(g.name, why) for g, why in reasons.items()))
 
     def _counts(self, layers: list[Group], heads: list[Group]) -> dict[Group, int]:
         if self.widths and len(self.widths) not in (1, len(layers)):
@@ -102,31 +100,30 @@ class Slice(Pass):
         return min(size, max(step, round((self.ratio or 1.0) * size / step) * step))
 
 
-def cut_prefixes(program: Program, plan: Plan, spec: str, roles: tuple[Role, ...]) -> None:
+def cut_prefixes(program: Program, plan: Plan, roles: tuple[Role, ...]) -> None:
     """Cut what the plan names, and fold the centres of the layers that were cut."""
-    counts = {d.site: int(d.facts["kept"]) for d in plan.decisions}
-    groups = {g: torch.arange(counts[g.name]) for g in find_groups(program, find_structure(program), roles) if g.name in counts}
+    groups = _cut(program, plan, roles)
     consumers = {c.site.name for g in groups for c in g.consumers}
-    cut(program, groups, spec, "prefix of a nested layer")
-    with Editor(program, spec) as editor:
+    with Editor(program, plan.pass_spec) as editor:
         for site in [s for s in program.sites() if s.name in consumers]:
             fold_centre(editor, site, "what the missing units add on average")
+
+
+def prefix_view(program: Program, one: Slice) -> Program:
+    """What `one` makes of a nested program, over views of the same memory: no tensor is copied, and centres stay in the graph."""
+    small = program.clone()
+    _cut(small, one.analyze(program, Context()), (Role.FFN, *HEADS), views=True)
+    return small
+
+
+def _cut(program: Program, plan: Plan, roles: tuple[Role, ...], *, views: bool = False) -> dict[Group, Tensor]:
+    counts = {d.site: int(d.facts["kept"]) for d in plan.decisions}
+    groups = {g: torch.arange(counts[g.name]) for g in find_groups(program, find_structure(program), roles) if g.name in counts}
+    cut(program, groups, plan.pass_spec, "prefix of a nested layer", views=views)
+    return groups
 
 
 def nested_sites(program: Program) -> set[str]:
     """Names of the sites whose inputs a `nest` has put in order, by the journal."""
     named = {c.after.module for c in program.journal.changes if c.pass_spec.split("{")[0] == "nest" and c.after is not None}
     return named | {s.name for s in program.sites() if centre_of(s) is not None}
-
-
-def decision(group: Group, kept: int) -> Decision:
-    """Keep the first so many units of the group."""
-    saved, holds = (group.size - kept) * group.parameters, group.size * group.parameters
-    facts = {"size": group.size, "kept": kept, "parameters_saved": saved, "macs_saved": (group.size - kept) * group.macs}
-    return Decision(
-        site=group.name,
-        action=f"{group.role.value}: keep the first {kept} of {group.size}",
-        bytes_before=4 * holds,
-        bytes_after=4 * (holds - saved),
-        facts=facts,
-    )

@@ -49,8 +49,7 @@ def fine_tune(
     Raises `TrainingError` for data without a loss, a missing teacher, and a loss that is not finite before the first step.
     """
     chosen = select(find_parts(program)[0], options.trainable) if parts is None else parts
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(ctx.seed)
+    with ctx.training_mode():
         return _Trainer(program, teacher, data, options, ctx, chosen, label).run()
 
 

@@ -6,20 +6,13 @@ MatFormer (arXiv 2310.07707) switches width by a global factor; here a width bel
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..ir.axes import analyze_axes
-from ..ir.edit import Editor
 from ..ir.errors import PassError
 from ..ir.program import Program
 from ..ir.structure import Role, find_structure
-from ..ir.weights import named_tensors
-from ..passes.context import Context
-from ..passes.slice import Slice, nested_sites
+from ..passes.slice import Slice, nested_sites, prefix_view
 from ..passes.structured.groups import find_groups
 
 Width = float | int | Sequence[int]
@@ -45,7 +38,7 @@ class Elastic:
         key = (tuple(width) if isinstance(width, Sequence) else (type(width), width), heads)
         with self._lock:
             if key not in self._views:
-                self._views[key] = self._view(width, heads)
+                self._views[key] = prefix_view(self.program, self._slice(width, heads))
             return self._views[key]
 
     def __call__(self, *args: Any, width: Width = 1.0, heads: float = 1.0, **kwargs: Any) -> Any:
@@ -56,30 +49,9 @@ class Elastic:
         """Feed-forward layers by name with the number of their units."""
         return {g.name: g.size for g in find_groups(self.program, find_structure(self.program), (Role.FFN,))}
 
-    def _view(self, width: Width, heads: float) -> Program:
-        plan = self._slice(width, heads).analyze(self.program, Context())
-        small = self.program.clone()
-        analysis = analyze_axes(small)
-        kept = {analysis.class_named(d.site): torch.arange(int(d.facts["kept"])) for d in plan.decisions}
-        if kept:
-            with Editor(small, plan.pass_spec) as editor:
-                editor.resize_axis(analysis, kept, "view of a nested layer", views=True)
-        return small
-
     def _slice(self, width: Width, heads: float) -> Slice:
         asked = None if heads == 1.0 else heads
         if isinstance(width, float):
             return Slice(ratio=width, heads=asked, multiple_of=self.multiple_of, allow_empty=True)
         widths = (width,) if isinstance(width, int) else tuple(width)
         return Slice(widths=widths, heads=asked, multiple_of=self.multiple_of, allow_empty=True)
-
-
-def shared_bytes(full: Program, small: Program) -> tuple[int, int]:
-    """Bytes of `small` that lie in the memory of `full`, and all of its bytes."""
-    held = {t.untyped_storage().data_ptr() for t in _tensors(full).values()}
-    sizes = {name: t.nbytes for name, t in _tensors(small).items()}
-    return sum(n for name, n in sizes.items() if _tensors(small)[name].untyped_storage().data_ptr() in held), sum(sizes.values())
-
-
-def _tensors(program: Program) -> Mapping[str, Tensor]:
-    return dict(named_tensors(program.graph_module))

@@ -18,7 +18,7 @@ from ...ir.shapes import ensure_values
 from ...ir.sites import WeightSite
 from ...ir.structure import Attention, Role, Structure, find_structure
 from ..base import Skip
-from ..structured.groups import Group, find_groups
+from ..structured.groups import Group, find_groups, pinned_skips
 
 _MOVES = SAME | {f"aten.{n}" for n in ("split", "split_with_sizes", "chunk", "unbind", "select", "slice", "repeat_interleave", "cat", "index", "repeat")}
 _SCALES = {"aten.mul", "aten.div"}
@@ -105,7 +105,7 @@ def find_modules(program: Program, parts: Sequence[Part]) -> Found:
     roles = {Part.FEED_FORWARD: [Role.FFN], Part.QUERY_KEY: [Role.ROPE, Role.QK_DIM], Part.VALUE_OUTPUT: [Role.V_DIM]}
     wanted = [r for p in parts for r in roles[p]]
     groups = {g.axis: g for g in find_groups(program, structure, wanted)}
-    skips = [Skip(c.name, f"{structure.roles[c].value}: {c.pinned[0]}") for c in structure.analysis.classes if structure.role_of(c) in wanted and c.pinned]
+    skips = pinned_skips(structure, wanted)
     modules: list[Module] = []
     for axis, group in groups.items():
         one = _module(flow, structure, group)

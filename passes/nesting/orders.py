@@ -22,8 +22,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from ...ir.errors import CalibrationError
 from ...ir.program import Program
+from ...ir.sites import WeightSite
 from ..base import Need
 from ..calibrate import Statistics
 from ..context import Context
@@ -31,7 +31,7 @@ from ..gradients import Gradients
 from ..modular import ridge_leverage
 from ..sensitivities import slope_rows
 from ..structured.groups import Consumer, Group
-from ..structured.scores import observable, watch
+from ..structured.scores import fluctuation, observable, watch
 from ..structured.sensitivity import output_sensitivity
 
 
@@ -46,13 +46,17 @@ class NestImportance(Enum):
     ELIMINATION = "elimination"
     LOSS = "loss"
 
+    @property
+    def need(self) -> Need:
+        """What of a layer's inputs it looks at, beside their mean."""
+        by_column = {NestImportance.ACTIVATION: Need.MEAN_ABS, NestImportance.WANDA: Need.MEAN_SQUARE, NestImportance.FLUCTUATION: Need.MEAN_SQUARE}
+        return Need.NONE if self is NestImportance.FISHER else by_column.get(self, Need.GRAM)
+
 
 def unit_orders(
     program: Program, groups: Sequence[Group], importance: NestImportance, ctx: Context, *, centred: bool
 ) -> tuple[dict[Group, Tensor], dict[str, Tensor]]:
     """Per group the order `[size] int64`, the most important unit first, and per consumer's name the mean `[K] f32` of its inputs."""
-    if not ctx.calibration:
-        raise CalibrationError("an order of units needs calibration data; pass calibration=[batch, ...] with batches shaped like example_inputs")
     sites = list({c.site.name: c.site for g in groups for c in observable(g)}.values())
     weights = output_sensitivity(program, sites, ctx) if importance is NestImportance.LOSS else {}
     changes = _loss_changes(program, groups, ctx) if importance is NestImportance.FISHER else {}
@@ -60,7 +64,7 @@ def unit_orders(
     found: dict[Group, Tensor] = {}
     orders: dict[Group, Tensor] = {}
     means: dict[str, Tensor] = {}
-    for consumer, mine, (statistics,) in watch(program, groups, Need.MEAN | Need.MEAN_ABS | Need.GRAM, ctx, f"ordering ({importance.value})"):
+    for consumer, mine, (statistics,) in watch(program, groups, Need.MEAN | importance.need, ctx, f"ordering ({importance.value})"):
         assert statistics.mean is not None
         means[consumer.site.name] = statistics.mean[0]
         for group in mine:
@@ -92,21 +96,31 @@ def elimination(interactions: Tensor) -> Tensor:
 
 def _value(consumer: Consumer, group: Group, statistics: Statistics, importance: NestImportance, weights: Tensor | None, centred: bool) -> Tensor:
     """Scores `[size]` of the group's units at this consumer, or their interactions `[size, size]`."""
-    assert statistics.gram is not None and statistics.mean is not None and statistics.mean_abs is not None
-    second, mean, matrix = statistics.gram[0].float(), statistics.mean[0].float(), consumer.site.matrix().float()
-    covariance = second - torch.outer(mean, mean)
     if importance in (NestImportance.ELIMINATION, NestImportance.LOSS):
-        matrix = matrix if weights is None else matrix * weights.sqrt().unsqueeze(1)
-        return _summed(consumer, group, (covariance if centred else second) * (matrix.t() @ matrix))
+        return _summed(consumer, group, _interactions(consumer, statistics, weights, centred))
+    return consumer.per_index(group.axis, _columns(consumer, statistics, importance))
+
+
+def _columns(consumer: Consumer, statistics: Statistics, importance: NestImportance) -> Tensor:
+    """Scores of single columns, `[K]`."""
+    if importance is NestImportance.FLUCTUATION:
+        return fluctuation(consumer, statistics)
     if importance is NestImportance.ACTIVATION:
-        columns = statistics.mean_abs[0]
-    elif importance is NestImportance.WANDA:
-        columns = second.diagonal().clamp_min(0).sqrt() * matrix.norm(dim=0)
-    elif importance is NestImportance.FLUCTUATION:
-        columns = covariance.diagonal().clamp_min(0) * matrix.square().sum(0)
-    else:
-        columns = ridge_leverage(second)
-    return consumer.per_index(group.axis, columns)
+        assert statistics.mean_abs is not None
+        return statistics.mean_abs[0]
+    if importance is NestImportance.WANDA:
+        assert statistics.mean_square is not None
+        return statistics.mean_square[0].sqrt() * consumer.site.matrix().float().norm(dim=0)
+    assert statistics.gram is not None
+    return ridge_leverage(statistics.gram[0])
+
+
+def _interactions(consumer: Consumer, statistics: Statistics, weights: Tensor | None, centred: bool) -> Tensor:
+    """`<W_i h_i, W_j h_j>` of single columns, `[K, K]`, the outputs weighted by `weights [N]`."""
+    assert statistics.gram is not None and statistics.mean is not None
+    second, mean, matrix = statistics.gram[0].float(), statistics.mean[0].float(), consumer.site.matrix().float()
+    matrix = matrix if weights is None else matrix * weights.sqrt().unsqueeze(1)
+    return (second - torch.outer(mean, mean) if centred else second) * (matrix.t() @ matrix)
 
 
 def _summed(consumer: Consumer, group: Group, columns: Tensor) -> Tensor:
@@ -122,8 +136,8 @@ def _loss_changes(program: Program, groups: Sequence[Group], ctx: Context) -> di
     consumers = {c.site.name: (c, [g for g in groups if c in g.consumers]) for g in groups for c in observable(g)}
     total = {g: torch.zeros(g.size) for g in groups}
 
-    def visit(site: object, x: Tensor, slope: Tensor) -> None:
-        consumer, mine = consumers[site.name]  # type: ignore[attr-defined]
+    def visit(site: WeightSite, x: Tensor, slope: Tensor) -> None:
+        consumer, mine = consumers[site.name]
         rows = slope_rows(consumer.site, slope).flatten(0, 1).float() @ consumer.site.matrix().float()
         change = rows * x.detach().reshape(-1, x.shape[-1]).float()
         for group in mine:

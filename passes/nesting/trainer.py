@@ -1,6 +1,6 @@
 """Train one set of weights to be a good model at several widths at once (MatFormer, arXiv 2310.07707, section 3).
 
-Every width is a view of the full model (`runtime.elastic`), so a step at half the width does half of the feed-forward arithmetic, and its gradients reach the
+Every width is a view of the full model (`slice.prefix_view`), so a step at half the width does half of the feed-forward arithmetic, and its gradients reach the
 prefixes it read. By default one width is drawn a step and all layers take it; `joint` sums the losses of all widths instead (the first version's, and 2.6
 times the arithmetic).
 """
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ...ir.program import Program
 from ...ir.weights import named_tensors
-from ...runtime.elastic import Elastic
 from ..context import Context
 from ..examples import Example, split
+from ..slice import Slice, prefix_view
 from ..tapped import Tapped
 from ..trainable import Part
 from ..training import Teacher, criterion, with_teacher
@@ -60,8 +60,8 @@ class NestedTrainer:
         options = with_teacher(options, ctx.original)
         self._criterion = criterion(program, options, ctx, data)
         self._teacher = Teacher(ctx.original, (), options.cache) if ctx.original is not None and self._criterion.distils() else None
-        elastic = Elastic(program, multiple_of=multiple_of)
-        self._students = [_Student(elastic.at(float(share))) for share in self.shares]
+        slices = [Slice(ratio=float(share), multiple_of=multiple_of, allow_empty=True) for share in self.shares]
+        self._students = [_Student(prefix_view(program, one)) for one in slices]
         training, held_out = split(tuple(data), options.held_out, ctx.generator())
         self._held_out = held_out
         items: tuple[Sequence[Item], Sequence[Item]] = (training, [(e, place) for e in held_out for place in range(len(self.shares))])
@@ -70,8 +70,7 @@ class NestedTrainer:
 
     def run(self) -> Standing:
         """Train, or go on where a checkpoint stands; widths are drawn at the run's seed."""
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(self.loop.ctx.seed)
+        with self.loop.ctx.training_mode():
             return self.loop.run()
 
     def losses(self, weights: Mapping[str, Tensor]) -> list[float]:

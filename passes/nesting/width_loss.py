@@ -18,9 +18,10 @@ from ..examples import Example
 from ..losses import Criterion, Objective, find_language
 from ..memory import remembered
 from ..structured.groups import Group
-from ..tapped import Reply, Tapped
+from ..tapped import Tapped
+from ..training import Teacher
 
-KEPT = 2**29  # bytes of the full model's outputs that are kept
+KEPT = 512  # MiB of the full model's outputs that are kept
 
 
 class WidthLoss:
@@ -31,8 +32,7 @@ class WidthLoss:
         self._examples = [Example(call) for call in ctx.calibration[:batches]]
         self._criterion = Criterion(objective=Objective.DISTILL, language=find_language(program))
         self._run = Tapped(program)
-        self._replies: dict[int, Reply] = {}
-        self._room = KEPT
+        self._full = Teacher(program, (), KEPT)
         self._owners = {g: {c.site.tensors[0]: (c, c.columns(g.axis)) for c in g.consumers} for g in groups}
 
     def __call__(self, widths: Mapping[Group, int]) -> float:
@@ -40,9 +40,9 @@ class WidthLoss:
         masked = self._masked(widths)
         total = 0.0
         with torch.no_grad():
-            for index, example in enumerate(self._examples):
+            for example in self._examples:
                 leaves = self._program.inputs.flatten(*example.call)
-                total += float(self._criterion(example, leaves, self._run(example.call, masked), self._full(index)))
+                total += float(self._criterion(example, leaves, self._run(example.call, masked), self._full(example)))
         return total / max(1, len(self._examples))
 
     def _masked(self, widths: Mapping[Group, int]) -> dict[str, Tensor]:
@@ -53,17 +53,6 @@ class WidthLoss:
                 matrix = consumer.site.to_matrix(found.get(name, get_tensor(self._program.graph_module, name).detach()))
                 found[name] = consumer.site.from_matrix(matrix * (owner < width).to(matrix.dtype))
         return found
-
-    def _full(self, index: int) -> Reply:
-        """The full model's reply to a batch, kept while there is room."""
-        reply = self._replies.get(index)
-        if reply is None:
-            reply = self._run(self._examples[index].call)
-            size = sum(v.nbytes for v in reply.leaves if isinstance(v, Tensor))
-            if size <= self._room:
-                self._room -= size
-                self._replies[index] = reply
-        return reply
 
 
 def single_losses(loss: WidthLoss, program: Program, groups: Sequence[Group], shares: Sequence[float], ctx: Context, batches: int) -> dict[Group, list[float]]:

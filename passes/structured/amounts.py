@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...ir.errors import PassError
+from ..base import Decision
 from .groups import Group
 
 STEPS = 1000  # ratios a uniform budget search tries
@@ -134,6 +135,14 @@ def refuse_budget(name: str, target: float, best: float) -> PassError:
 def change(before: int, after: int) -> str:
     """Two amounts and the share that is left, for a report."""
     return f"{before:,} -> {after:,} ({after / before:.1%})"
+
+
+def kept_decision(group: Group, kept: int, which: str = "") -> Decision:
+    """Keep so many indices of the group, with what that saves; `which` says which ones."""
+    saved, holds = (group.size - kept) * group.parameters, group.size * group.parameters
+    facts = {"size": group.size, "kept": kept, "parameters_saved": saved, "macs_saved": (group.size - kept) * group.macs}
+    action = f"{group.role.value}: keep {which}{kept} of {group.size}"
+    return Decision(site=group.name, action=action, bytes_before=4 * holds, bytes_after=4 * (holds - saved), facts=facts)
 
 
 def first_indices(counts: Counts) -> dict[Group, Tensor]:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ...ir.edit import Editor
-from ...ir.nodes import get_tensor
 from ...ir.sites import SiteKind, WeightSite
 from ..base import Need
 from ..calibrate import Statistics
@@ -83,7 +82,7 @@ def _apply(editor: Editor, site: WeightSite, stays: Tensor, parts: Sequence[Stat
     lost = weight - new
     shift = lost @ whole.mean
     if biased:
-        editor.set_bias(site, (_bias(editor, site).double() + shift).to(site.dtype), "what removed inputs added on average")
+        editor.set_bias(site, (site.bias_vector() + shift).to(site.dtype), "what removed inputs added on average")
     editor.set_matrix(site, new.to(site.dtype), "removed inputs zeroed, the others make up for them", {"ridge": ridge})
     power = whole.error(weight, torch.zeros_like(shift))
     return max(0.0, whole.error(lost, shift) / max(power, 1e-30)) ** 0.5
@@ -146,9 +145,3 @@ def refit(weight: Tensor, covariance: Tensor, stays: Tensor, ridge: float) -> Te
     new = torch.zeros_like(weight)
     new[:, keep] = torch.cholesky_solve(hessian[keep] @ weight.t(), factor).t()
     return new
-
-
-def _bias(editor: Editor, site: WeightSite) -> Tensor:
-    if site.bias is None:
-        return torch.zeros(site.rows)
-    return get_tensor(editor.program.graph_module, site.bias).detach()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from ...ir.program import Program
 from ...ir.sites import SiteKind, WeightSite
 from ...ir.structure import Role, Structure
 from ...ir.weights import AliasClasses, alias_classes
+from ..base import Skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +76,12 @@ def find_groups(program: Program, structure: Structure, roles: Sequence[Role]) -
     return found
 
 
+def pinned_skips(structure: Structure, roles: Collection[Role]) -> list[Skip]:
+    """A skip, with the reason, for every class of one of the roles from which nothing may be removed."""
+    pinned = [c for c in structure.analysis.classes if structure.role_of(c) in roles and c.pinned]
+    return [Skip(c.name, f"{structure.roles[c].value}: {c.pinned[0]}") for c in pinned]
+
+
 def consumers(program: Program, analysis: AxisAnalysis) -> list[Consumer]:
     """Every plain site with the axis of its inputs; the input channels of a grouped convolution are those of one group."""
     aliases = alias_classes(program.graph_module)
@@ -86,9 +93,12 @@ def _consumer(site: WeightSite, analysis: AxisAnalysis, aliases: AliasClasses) -
     return Consumer(site, axes[site.in_axis], site.columns // site.shape[site.in_axis])
 
 
-def cut(program: Program, kept: Mapping[Group, Tensor], pass_spec: str, why: str) -> None:
-    """Keep only the given indices of every group. Groups are found again by name: biases may have come, or the program may be a clone."""
+def cut(program: Program, kept: Mapping[Group, Tensor], pass_spec: str, why: str, *, views: bool = False) -> None:
+    """Keep only the given indices of every group. Groups are found again by name: biases may have come, or the program may be a clone.
+
+    `views`: prefixes share memory with the tensors they were cut from.
+    """
     if kept:
         analysis = analyze_axes(program)
         with Editor(program, pass_spec) as editor:
-            editor.resize_axis(analysis, {analysis.class_named(g.name): i for g, i in kept.items()}, why)
+            editor.resize_axis(analysis, {analysis.class_named(g.name): i for g, i in kept.items()}, why, views=views)

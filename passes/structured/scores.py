@@ -126,11 +126,12 @@ def _wanda(consumer: Consumer, statistics: Statistics) -> Tensor:
     return (matrix.unflatten(0, (groups, -1)).sum(1) * norms).sum(0)
 
 
-def _flap(consumer: Consumer, statistics: Statistics) -> Tensor:
+def fluctuation(consumer: Consumer, statistics: Statistics) -> Tensor:
+    """Per column of the consumer `Var(x_k) sum_n W_nk^2`, `[K]` (FLAP)."""
     assert statistics.mean_square is not None and statistics.mean is not None
     matrix, groups = consumer.site.matrix().float().square(), consumer.site.groups
     variance = (statistics.mean_square - statistics.mean.square()).clamp_min(0)
     return (matrix.unflatten(0, (groups, -1)).sum(1) * variance).sum(0)
 
 
-_COLUMNS: dict[Importance, Callable[[Consumer, Statistics], Tensor]] = {Importance.WANDA: _wanda, Importance.FLAP: _flap}
+_COLUMNS: dict[Importance, Callable[[Consumer, Statistics], Tensor]] = {Importance.WANDA: _wanda, Importance.FLAP: fluctuation}

@@ -9,13 +9,21 @@ import torch
 
 import fxpress
 from fxpress.ir.errors import EditError, PassError
+from fxpress.ir.program import Program
 from fxpress.ir.weights import named_tensors
-from fxpress.runtime.elastic import Elastic, shared_bytes
+from fxpress.runtime.elastic import Elastic
 
 from ..masking import difference, outputs
 from ..passes.nesting.nets import nested
 from ..passes.test_nest import ARCHITECTURES
 from ..tiny import fresh_program
+
+
+def shared_bytes(full: Program, small: Program) -> tuple[int, int]:
+    """Bytes of `small` that lie in the memory of `full`, and all of its bytes."""
+    held = {t.untyped_storage().data_ptr() for _, t in named_tensors(full.graph_module)}
+    tensors = list(dict(named_tensors(small.graph_module)).values())
+    return sum(t.nbytes for t in tensors if t.untyped_storage().data_ptr() in held), sum(t.nbytes for t in tensors)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

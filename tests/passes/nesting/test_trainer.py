@@ -34,7 +34,7 @@ def test_the_loss_of_a_width_is_the_slice_s() -> None:
     judge = WidthLoss(fxpress.optimize(program, "slice{ratio=0.5}").program, (), ctx, 4)
     whole = WidthLoss(program, (), ctx, 4)
     held = [next(i for i, c in enumerate(ctx.calibration) if c is e.call) for e in one._held_out]
-    judge._examples, judge._replies = [judge._examples[i] for i in held], {k: whole._full(i) for k, i in enumerate(held)}
+    judge._examples, judge._full = [judge._examples[i] for i in held], whole._full
     assert half == pytest.approx(judge({}), rel=1e-3)
 
 

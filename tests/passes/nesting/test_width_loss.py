@@ -28,7 +28,7 @@ def test_a_masked_loss_is_the_slice_s(name: str) -> None:
     small = fxpress.optimize(program, "slice{widths=[24,40]}").program
     judge = WidthLoss(program, groups, ctx, 3)
     judge._run = type(judge._run)(small)
-    judge._replies = {i: loss._full(i) for i in range(3)}
+    judge._full = loss._full
     assert loss(widths) == pytest.approx(judge({}), rel=1e-3) and loss(widths) > 1e-4
     assert len(loss._examples) == 3 and isinstance(loss._examples[0], Example)
 
