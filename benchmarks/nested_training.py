@@ -1,0 +1,185 @@
+"""One nested model against models of its sizes trained alone, from scratch, on the same batches (MatFormer, arXiv 2310.07707, table 6).
+
+    python benchmarks/nested_training.py [--task lm|vit] [--rows alone nested] [--seconds 3600]
+
+`lm` is a llama of four layers over the bytes of the packaged Wikipedia sample: trained on even articles, judged on odd ones. `vit` is a vision transformer of
+four layers on Fashion-MNIST, judged on the test images. Feed-forward widths S, M, L, XL are 1/8, 1/4, 1/2 and all of the units. Every row has seen the
+same number of tokens (images), in as many steps. Rows go to benchmarks/results/nested_TASK.json one by one; a run that dies goes on at its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxpress
+from fxpress.ir.files import cache_dir
+from fxpress.ir.program import Program
+from fxpress.passes.base import parse_pass
+from fxpress.passes.calibrate import as_calls
+from fxpress.passes.checkpoint import Checkpoint
+from fxpress.passes.context import Context
+from fxpress.passes.examples import Labelled, as_examples
+from fxpress.passes.pipeline import run_pipeline
+from fxpress.runtime import zoo
+from fxpress.runtime.elastic import Elastic
+from fxpress.runtime.zoo_images import fashion_mnist
+
+RESULTS = Path(__file__).with_name("results")
+SHARES = {"S": 0.125, "M": 0.25, "L": 0.5, "XL": 1.0}
+LAYERS, LENGTH = 4, 128
+ORDER = "nest{importance=activation,centre=false,roles=[ffn]}"
+NESTED = {
+    "nested: one width a step (MatFormer)": "",
+    "nested: a width for each quarter of a batch": "accumulate=4,",
+    "nested: all widths in every step (joint)": "joint=true,",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Models by their feed-forward width, batches, and what a program scores on held-out data."""
+
+    model: Callable[[int], nn.Module]
+    width: int
+    batches: list[Any]
+    score: Callable[[Program], dict[str, float]]
+    options: str
+    example: Any
+    quarters: Callable[[Any], list[Any]]
+
+
+def language(steps: int = 900, batch: int = 16) -> Task:
+    """Next bytes; loss in nats a byte."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    articles = zoo.wikipedia_articles()
+    training, held_out = (_bytes(articles[start::2]) for start in (0, 1))
+    draws = torch.randint(0, len(training) - LENGTH, (steps, batch), generator=torch.Generator().manual_seed(0))
+    batches = [_ids(training[row[:, None] + torch.arange(LENGTH)]) for row in draws]
+    windows = held_out[: 256 * LENGTH].view(256, LENGTH)
+
+    def model(width: int) -> nn.Module:
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": width, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+        return LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=LENGTH, tie_word_embeddings=True, use_cache=False)).eval()
+
+    def score(program: Program) -> dict[str, float]:
+        with torch.no_grad():
+            logits = torch.cat([program.run(**_ids(part))["logits"] for part in windows.split(32)])
+        return {"loss": float(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), windows[:, 1:].flatten()))}
+
+    def quarters(held: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        return [_ids(part) for part in held["input_ids"].chunk(4)]
+
+    return Task(model, 512, batches, score, f"steps={steps},lr=3e-3,weight_decay=0.01", _ids(windows[:2]), quarters)
+
+
+def images(epochs: int = 4, batch: int = 64) -> Task:
+    """Ten classes; loss and accuracy on the test images."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    pixels, labels = fashion_mnist("train")
+    generator = torch.Generator().manual_seed(0)
+    order = [part for _ in range(epochs) for part in torch.randperm(len(labels), generator=generator).split(batch) if len(part) == batch]
+    batches = [Labelled({"pixel_values": pixels[i]}, labels[i]) for i in order]
+    test, truth = fashion_mnist("test")
+
+    def model(width: int) -> nn.Module:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 96, "intermediate_size": width, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+        return ViTForImageClassification(ViTConfig(**sizes, image_size=28, patch_size=7, num_channels=1, num_labels=10)).eval()
+
+    def score(program: Program) -> dict[str, float]:
+        with torch.no_grad():
+            logits = torch.cat([program.run(pixel_values=part)["logits"] for part in test.split(256)])
+        return {"loss": float(F.cross_entropy(logits, truth)), "accuracy": 100 * float((logits.argmax(1) == truth).float().mean())}
+
+    def quarters(held: Labelled) -> list[Labelled]:
+        parts = zip(held.inputs["pixel_values"].chunk(4), held.target.chunk(4), strict=True)
+        return [Labelled({"pixel_values": p}, t) for p, t in parts]
+
+    return Task(model, 384, batches, score, f"steps={len(batches)},lr=1e-3,weight_decay=0.01", {"pixel_values": pixels[:2]}, quarters)
+
+
+def _bytes(articles: list[str]) -> Tensor:
+    return torch.tensor(list("\n\n".join(articles).encode()), dtype=torch.int64)
+
+
+def _ids(ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids}
+
+
+def train(task: Task, name: str, share: float, spec: str, label: str) -> tuple[Program, float]:
+    """One training run from scratch over the task's batches, once each and in one order; it goes on where a killed one stands."""
+    program = fxpress.capture(task.model(round(share * task.width)), task.example, dynamic_shapes=_dynamic(task.example))
+    batches = [q for b in task.batches for q in task.quarters(b)] if "accumulate=4" in spec else task.batches
+    context = Context(
+        calibration=as_calls([_inputs(b) for b in batches[:2]], program.inputs),
+        training=as_examples(batches, program.inputs),
+        checkpoint=Checkpoint(cache_dir() / "nested-training" / label, name),
+    )
+    began = time.perf_counter()
+    passes = [spec] if spec.startswith("recover") else [ORDER, spec]
+    return run_pipeline(program, [parse_pass(p) for p in passes], context).program, time.perf_counter() - began
+
+
+def _inputs(batch: Any) -> Any:
+    return batch.inputs if isinstance(batch, Labelled) else batch
+
+
+def _dynamic(example: dict[str, Tensor]) -> dict[str, Any]:
+    return {name: {0: torch.export.Dim("batch", min=1, max=512)} for name in example}
+
+
+def mixes() -> list[tuple[str, list[str]]]:
+    """Mix'n'Match between adjacent widths, not falling with depth."""
+    names = list(SHARES)
+    return [(f"{LAYERS - k} x {a}, {k} x {b}", [a] * (LAYERS - k) + [b] * k) for a, b in pairwise(names) for k in range(1, LAYERS)]
+
+
+def main() -> None:
+    """Every row that the file does not hold yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=("lm", "vit"), default="lm")
+    parser.add_argument("--rows", nargs="*", default=[""], help="run rows whose name contains one of these")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after so many seconds")
+    arguments = parser.parse_args()
+    began, out = time.perf_counter(), RESULTS / f"nested_{arguments.task}.json"
+    task = language() if arguments.task == "lm" else images()
+    rows: list[dict[str, Any]] = json.loads(out.read_text()) if out.exists() else []
+    common = f"objective=task,held_out=0.02,evaluate_every=200,patience=1000,checkpoint_every=100,{task.options}"
+    jobs = {f"alone: {s}": (f"recover{{{common}}}", share) for s, share in SHARES.items()}
+    jobs |= {name: (f"train_nested{{{extra}{common}}}", 1.0) for name, extra in NESTED.items()}
+    for place, (name, (spec, share)) in enumerate(jobs.items()):
+        wanted = any(r in name for r in arguments.rows) and not any(r["row"] == name for r in rows)
+        if not wanted or time.perf_counter() - began > arguments.seconds:
+            continue
+        program, seconds = train(task, name, share, spec, f"{arguments.task}-{place}")
+        rows.append({"row": name, "spec": spec, "seconds": seconds, "sizes": scores(task, program, name)})
+        print(name, f"{seconds:.0f} s", json.dumps(rows[-1]["sizes"]), flush=True)
+        out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def scores(task: Task, program: Program, name: str) -> dict[str, dict[str, float]]:
+    """A model trained alone at its size; a nested one at every width and mix, with the parameters that are left."""
+    if name.startswith("alone"):
+        return {name.removeprefix("alone: "): task.score(program) | {"parameters": program.parameters}}
+    elastic = Elastic(program)
+    widths = [(n, [n] * LAYERS) for n in SHARES] + mixes()
+    views = {n: elastic.at([round(SHARES[w] * task.width) for w in ws]) for n, ws in widths}
+    return {n: task.score(view) | {"parameters": view.parameters} for n, view in views.items()}
+
+
+if __name__ == "__main__":
+    main()
