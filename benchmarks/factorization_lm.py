@@ -20,7 +20,6 @@ from typing import Any
 import sentence_quality
 import torch
 
-from fxpress.ir.chain import parameters, run
 from fxpress.ir.edit import Editor
 from fxpress.ir.program import Program
 from fxpress.ir.sites import SiteKind, WeightSite
@@ -62,7 +61,7 @@ METHODS: dict[str, list[str]] = {
 
 
 class Multiplied(FactorizeMpo):
-    """Cores multiplied out again: the same numbers as the operators they stand for, which for small bonds of large t take up to eighty times the dense product's time."""
+    """Cores multiplied out again: the same numbers as the operators they stand for, which at large t take up to eighty times the dense product's time."""
 
     makes_sites = False
 
@@ -71,11 +70,11 @@ class Multiplied(FactorizeMpo):
 
     def rewrite_site(self, editor: Editor, site: WeightSite, decision: Decision, statistics: Statistics | None, ctx: Context) -> SiteResult:
         """The site's weight becomes what its cores make."""
-        chain, facts = self.chain(site, site.matrix().float(), statistics)
-        assert not isinstance(chain, str)
-        editor.set_matrix(site, run(chain, torch.eye(site.columns)).T, "cores, multiplied out")
-        after = parameters(chain) * site.dtype.itemsize
-        return SiteResult(site=site.name, action="cores", bytes_before=site.nbytes, bytes_after=after, facts=facts)
+        winner, _ = self.winner(site, site.matrix().float(), statistics)
+        assert not isinstance(winner, str)
+        editor.set_matrix(site, winner.cores.matrix(), "cores, multiplied out")
+        after = winner.modes.parameters(winner.chi) * site.dtype.itemsize
+        return SiteResult(site=site.name, action="cores", bytes_before=site.nbytes, bytes_after=after, facts={"t": float(winner.modes.b)})
 
 
 @dataclass(frozen=True)
@@ -176,9 +175,8 @@ def row(bench: Bench, ratio: str, method: str, specs: list[str]) -> dict[str, An
     seconds = time.perf_counter() - began
     taken = result.reports[0].taken
     members = {f"t={t:g}": sum(r.facts.get("t") == t for r in taken) for t in sorted({r.facts["t"] for r in taken if "t" in r.facts})}
-    out = (
-        sum(t.bytes_before - t.bytes_after for t in taken) if specs[0].startswith("factorize_mpo") and len(specs) == 1 else 0
-    )  # of cores that were multiplied out
+    cores = specs[0].startswith("factorize_mpo") and len(specs) == 1
+    out = sum(t.bytes_before - t.bytes_after for t in taken) if cores else 0  # they were multiplied out
     found = {
         "ratio": ratio, "method": method, "specs": specs, **bench.score(result.program),
         "linears_kept": (linears(result.program, bench.program) - out // 4) / linears(bench.program, bench.program),

@@ -32,6 +32,7 @@ ORDERS: dict[str, str] = {
     "fluctuation with bias (FLAP)": "nest{importance=fluctuation,roles=[ffn]}",
     "Fisher (DynamicMatFormer)": "nest{importance=fisher,centre=false,roles=[ffn]}",
     "elimination, not centred": "nest{importance=elimination,centre=false,roles=[ffn]}",
+    "loss-weighted elimination, not centred": "nest{importance=loss,centre=false,roles=[ffn]}",
     "Wanda-structured, centred": "nest{importance=wanda,roles=[ffn]}",
 }
 

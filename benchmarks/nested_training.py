@@ -4,7 +4,8 @@
 
 `lm` is a llama of four layers over the bytes of the packaged Wikipedia sample: trained on even articles, judged on odd ones. `vit` is a vision transformer of
 four layers on Fashion-MNIST, judged on the test images. Feed-forward widths S, M, L, XL are 1/8, 1/4, 1/2 and all of the units. Every row has seen the
-same number of tokens (images), in as many steps. Rows go to benchmarks/results/nested_TASK.json one by one; a run that dies goes on at its last checkpoint.
+same number of tokens (images), in as many steps. Rows go to benchmarks/results/nested_training_TASK.json one by one; a run that dies goes on at its last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=[""], help="run rows whose name contains one of these")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after so many seconds")
     arguments = parser.parse_args()
-    began, out = time.perf_counter(), RESULTS / f"nested_{arguments.task}.json"
+    began, out = time.perf_counter(), RESULTS / f"nested_training_{arguments.task}.json"
     task = language() if arguments.task == "lm" else images()
     rows: list[dict[str, Any]] = json.loads(out.read_text()) if out.exists() else []
     common = f"objective=task,held_out=0.02,evaluate_every=200,patience=1000,checkpoint_every=100,{task.options}"

@@ -74,7 +74,8 @@ class AxisAnalysis:
 
     `axes`: per node a tuple of axes (one a dimension), or a list of such for several results. `constants`: the shape constants that follow the classes.
     `splits`: nodes that cut an axis, with the parts. `scales`: attention nodes whose default scale follows an axis. `work`: per multiplying node the axes
-    whose product is its number of multiply-accumulates. `unruled`: operators without a rule, with why.
+    whose product is its number of multiply-accumulates. `unruled`: operators without a rule, with why. `packed`: per compressed linear that may be cut to
+    prefixes its two axes `[N, K]`.
     """
 
     program: Program
@@ -86,6 +87,7 @@ class AxisAnalysis:
     work: Mapping[fx.Node, Axis]
     unruled: tuple[tuple[fx.Node, str], ...]
     tensors: Mapping[str, tuple[Axis, ...]]
+    packed: Mapping[fx.Node, tuple[Axis, Axis]]
 
     def class_named(self, name: str) -> AxisClass:
         """The class called `name`."""
@@ -97,8 +99,9 @@ class AxisAnalysis:
             yield occurrence.tensor, occurrence.dim, self.tensors[occurrence.tensor][occurrence.dim]
 
     def parameters(self, choice: Choice | None = None) -> int:
-        """Stored floating-point elements under a choice, tied tensors counted once."""
-        return sum(prod(kept_size(a, choice or {}) for a in self.tensors[name]) for name in self._floats)
+        """Stored floating-point elements and packed weights under a choice, tied tensors counted once."""
+        held = [*(self.tensors[name] for name in self._floats), *self.packed.values()]
+        return sum(prod(kept_size(a, choice or {}) for a in axes) for axes in held)
 
     @cached_property
     def _floats(self) -> list[str]:
@@ -159,9 +162,10 @@ def labels(axis: Sequence[Atom], leaf: Atom) -> Tensor:
 class Tracer(Algebra):
     """Walks a graph once; the axis rules see it as `t`."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, *, prefixes: bool = False) -> None:
         super().__init__()
-        self.program = program
+        self.program, self.prefixes = program, prefixes
+        self.packed: dict[fx.Node, tuple[Axis, Axis]] = {}
         self.axes: dict[fx.Node, Result] = {}
         self.constants: list[Constant] = []
         self.splits: list[tuple[fx.Node, tuple[Axis, ...]]] = []
@@ -213,7 +217,7 @@ class Tracer(Algebra):
         self._note_sums()
         return AxisAnalysis(
             self.program, self.axes, tuple(self._classes()), tuple(self.constants), tuple(self.splits), tuple(self.scales), self.work, tuple(self.unruled),
-            self.tensors,
+            self.tensors, self.packed,
         )  # fmt: skip
 
     def _note_sums(self) -> None:
@@ -297,6 +301,11 @@ class Tracer(Algebra):
                     positions = int((labels(axis, leaf) == 0).sum())
                     found[leaf].append(Occurrence(tensor, dim, positions))
                     names.setdefault(leaf, f"{tensor}[{dim}]" + (f".{i}" if len(counts) > 1 else ""))
+        for node, axes in self.packed.items():
+            for dim, axis in enumerate(axes):
+                for leaf in dict.fromkeys(leaves(axis)):
+                    found.setdefault(leaf, [])
+                    names.setdefault(leaf, f"{node.meta.get('fxpress_site', node.name)}.weight[{dim}]")
         for leaf, occurrences in found.items():
             yield AxisClass(names[leaf], leaf.size, tuple(occurrences), tuple(dict.fromkeys(leaf.pins)), tuple(dict.fromkeys(leaf.reductions)), leaf)
 
@@ -324,9 +333,13 @@ def _fits(result: Result, value: Any) -> bool:
     return isinstance(result, list) and all(not isinstance(v, Tensor) or _fits(r, v) for r, v in zip(result, value, strict=True))
 
 
-def analyze_axes(program: Program) -> AxisAnalysis:
-    """The axis classes of `program`, found in one walk over its graph."""
+def analyze_axes(program: Program, *, prefixes: bool = False) -> AxisAnalysis:
+    """The axis classes of `program`, found in one walk over its graph.
+
+    Compressed weights pin what they multiply by; with `prefixes` classes of compressed linears whose format takes prefixes are free: to be cut to their
+    first indices only.
+    """
     from .shapes import ensure_values
 
     ensure_values(program)
-    return Tracer(program).walk()
+    return Tracer(program, prefixes=prefixes).walk()

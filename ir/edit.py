@@ -21,7 +21,7 @@ from .formats.dense import Dense
 from .journal import Action, Change, NodeRecord
 from .nodes import argument, get_tensor, module_path, node_type, op_name
 from .program import Program, Stage
-from .resize import changed_tensors, checked_choice, readers, resize
+from .resize import changed_nodes, changed_tensors, checked_choice, readers, resize
 from .shapes import call_fake, fake_mode_of
 from .site_calls import bias_place, compressed_call, plain_call, refreshed, why_no_bias, why_not_compressible
 from .sites import SiteKind, WeightSite, find_sites
@@ -73,7 +73,8 @@ class Editor:
         aliases = alias_classes(self._module)
         names = {alias for name in changed_tensors(analysis, choice) for alias in aliases.of(name)}
         sites = {s.node: s for s in find_sites(self.program)}
-        before = {n: record(n, sites.get(n)) for n in readers(self.program.graph, names)}
+        changed = dict.fromkeys((*readers(self.program.graph, names), *changed_nodes(analysis, choice)))
+        before = {n: record(n, sites.get(n)) for n in changed}
         resize(self, analysis, choice, views=views)
         sites = {s.node: s for s in find_sites(self.program)}
         for node, old in before.items():

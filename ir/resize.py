@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from .atoms import leaves, size_of
+from .atoms import Axis, leaves, size_of
 from .axes import AxisAnalysis, AxisClass, Choice, Constant, hint, kept_positions, kept_size
-from .errors import EditError
+from .errors import EditError, FormatError
 from .nodes import argument, get_tensor, op_name
 from .shapes import propagate, relax_views
 
@@ -75,6 +75,8 @@ def _carry_out(editor: Editor, analysis: AxisAnalysis, choice: Choice, views: bo
             if any(leaf in choice for leaf in leaves(axis)):
                 tensor = _kept(tensor, dim, kept_positions(axis, choice).to(tensor.device), f"resize {name}" if views else "")
         editor.set_tensor(name, tensor if views else tensor.contiguous())
+    for node in changed_nodes(analysis, choice):
+        _cut_packed(editor, node, analysis.packed[node], choice, views)
     _rewrite_splits(analysis, choice)
     for constant in analysis.constants:
         _rewrite(constant, choice)
@@ -96,10 +98,35 @@ def _kept(tensor: Tensor, dim: int, positions: Tensor, view: str) -> Tensor:
     return tensor.narrow(dim, 0, len(positions))
 
 
+def _cut_packed(editor: Editor, node: fx.Node, axes: tuple[Axis, Axis], choice: Choice, views: bool) -> None:
+    """The stored tensors of a compressed linear, as its format takes the rows and the first columns that stay."""
+    site = next(s for s in editor.program.sites() if s.node is node)
+    rows, columns = (kept_positions(axis, choice) for axis in axes)
+    if site.tied:
+        raise EditError(f"resize {site}: {', '.join(site.tied)} reads the same {site.format.to_spec()}; untie it before quantizing")
+    if not torch.equal(columns, torch.arange(len(columns), device=columns.device)):
+        raise EditError(f"resize {site}: of packed inputs only the first ones can be kept; cut before quantizing")
+    old = site.payload()
+    try:
+        new = site.format.take(old, site.rows, site.columns, rows, len(columns))
+    except FormatError as error:
+        raise EditError(f"resize {site}: {error}") from error
+    copied = next((n for n, t in new.items() if t.untyped_storage().data_ptr() != old[n].untyped_storage().data_ptr()), None)
+    if views and copied is not None:
+        raise EditError(f"resize {site}: what stays of its {copied} is no prefix, so it would have to be copied; use the pass slice")
+    for name, tensor in zip(site.tensors, new.values(), strict=True):
+        editor.set_tensor(name, tensor if views else tensor.contiguous())
+
+
 def changed_tensors(analysis: AxisAnalysis, choice: Choice) -> list[str]:
     """Names of the tensors that hold a chosen class, in the order of the analysis."""
     held = {o.tensor for c in analysis.classes if c.atom in choice for o in c.occurrences}
     return [name for name in analysis.tensors if name in held]
+
+
+def changed_nodes(analysis: AxisAnalysis, choice: Choice) -> list[fx.Node]:
+    """Compressed linears that hold a chosen class."""
+    return [node for node, axes in analysis.packed.items() if any(leaf in choice for axis in axes for leaf in leaves(axis))]
 
 
 def _check_same(editor: Editor, analysis: AxisAnalysis) -> None:
@@ -149,9 +176,10 @@ def _head_size_changes(analysis: AxisAnalysis, attention: fx.Node, choice: Choic
 
 
 def _check_shapes(analysis: AxisAnalysis, choice: Choice) -> None:
+    by_format = {stored for node in analysis.packed for stored in node.args[1]}  # type: ignore[union-attr]
     for node, axes in analysis.axes.items():
         value = node.meta.get("val")
-        if isinstance(value, Tensor) and isinstance(axes, tuple):
+        if isinstance(value, Tensor) and isinstance(axes, tuple) and node not in by_format:
             expected, got = [kept_size(a, choice) for a in axes], [hint(s) for s in value.shape]
             if expected != got:
                 raise EditError(f"resize: {op_name(node)} at {node.name} has shape {got}, the axes say {expected}; this is a fault of its axis rule")

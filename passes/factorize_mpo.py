@@ -158,7 +158,17 @@ class FactorizeMpo(Budgeted):
         return replace(plan, flops=plan.flops + 10.0 * rounds * site.parameters * site.columns)
 
     def chain(self, site: WeightSite, matrix: Tensor, statistics: Statistics | None) -> tuple[Chain | str, dict[str, float]]:
-        """The member with the least error (with a tolerance: the fewest weights), its t, bond, error, and multiply-adds a token over the dense weight's."""
+        """The winner's operators, its t, bond, error, and multiply-adds a token over the dense weight's."""
+        winner, errors = self.winner(site, matrix, statistics)
+        if isinstance(winner, str):
+            return winner, {}
+        metric = "weight_error" if self.metric is Metric.WEIGHT else "output_error"
+        facts = {"t": float(winner.modes.b), "chi": float(winner.chi), metric: winner.error}
+        facts["multiplications"] = min(winner.modes.multiplications(winner.chi)) / site.parameters
+        return as_chain(winner.cores, self._second_first(site, winner)), facts | errors
+
+    def winner(self, site: WeightSite, matrix: Tensor, statistics: Statistics | None) -> tuple[Winner | str, dict[str, float]]:
+        """The member with the least error (with a tolerance: the fewest weights), or why there is none, and the errors of all that were tried."""
         members = self._members(site)
         assert not isinstance(members, str)
         gram = None if self.metric is Metric.WEIGHT or statistics is None or statistics.gram is None else statistics.gram[0]
@@ -168,10 +178,7 @@ class FactorizeMpo(Budgeted):
             if not members:
                 return f"no bond that makes it smaller meets tolerance={self.tolerance}", {}
         winner = best_member(matrix, members, gram, self.refine, shared)
-        facts = {"t": float(winner.modes.b), "chi": float(winner.chi), "weight_error" if gram is None else "output_error": winner.error}
-        facts["multiplications"] = min(winner.modes.multiplications(winner.chi)) / site.parameters
-        errors = {f"error_t{t}": error for t, error in winner.errors.items()} if len(members) > 1 else {}
-        return as_chain(winner.cores, self._second_first(site, winner)), facts | errors
+        return winner, {f"error_t{t}": error for t, error in winner.errors.items()} if len(members) > 1 else {}
 
     def notes(self, program: Program, results: tuple[SiteResult, ...]) -> tuple[str, ...]:
         """Says so where operators do more arithmetic than the weights they replace."""

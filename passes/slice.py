@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..ir.axes import analyze_axes
 from ..ir.centres import centre_of, fold_centre
 from ..ir.edit import Editor
 from ..ir.errors import PassError, SpecError
@@ -71,7 +72,7 @@ class Slice(Pass):
         return plan.carried_out()
 
     def _groups(self, program: Program) -> tuple[list[Group], tuple[Skip, ...]]:
-        structure = find_structure(program)
+        structure = find_structure(program, analyze_axes(program, prefixes=True))
         roles = (*((Role.FFN,) if self.ratio is not None or self.widths else ()), *(HEADS if self.heads is not None else ()))
         groups = find_groups(program, structure, roles)
         ordered = nested_sites(program)
@@ -118,8 +119,9 @@ def prefix_view(program: Program, one: Slice) -> Program:
 
 def _cut(program: Program, plan: Plan, roles: tuple[Role, ...], *, views: bool = False) -> dict[Group, Tensor]:
     counts = {d.site: int(d.facts["kept"]) for d in plan.decisions}
-    groups = {g: torch.arange(counts[g.name]) for g in find_groups(program, find_structure(program), roles) if g.name in counts}
-    cut(program, groups, plan.pass_spec, "prefix of a nested layer", views=views)
+    structure = find_structure(program, analyze_axes(program, prefixes=True))
+    groups = {g: torch.arange(counts[g.name]) for g in find_groups(program, structure, roles) if g.name in counts}
+    cut(program, groups, plan.pass_spec, "prefix of a nested layer", prefixes=True, views=views)
     return groups
 
 

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from ..ir.axes import analyze_axes
 from ..ir.errors import PassError
 from ..ir.program import Program
 from ..ir.structure import Role, find_structure
 from ..passes.slice import Slice, nested_sites, prefix_view
 from ..passes.structured.groups import find_groups
+
+if TYPE_CHECKING:
+    from .elastic_onnx import ElasticExport
 
 Width = float | int | Sequence[int]
 
@@ -47,7 +52,14 @@ class Elastic:
 
     def widths(self) -> dict[str, int]:
         """Feed-forward layers by name with the number of their units."""
-        return {g.name: g.size for g in find_groups(self.program, find_structure(self.program), (Role.FFN,))}
+        structure = find_structure(self.program, analyze_axes(self.program, prefixes=True))
+        return {g.name: g.size for g in find_groups(self.program, structure, (Role.FFN,))}
+
+    def export_onnx(self, folder: str | Path, widths: Sequence[Width] = (1.0, 0.5, 0.25), *, opset: int | None = None) -> ElasticExport:
+        """One checked ONNX graph a width (the widest first) over one file of weights; `ElasticSession` runs them."""
+        from .elastic_onnx import export_elastic
+
+        return export_elastic(self, folder, widths, opset=opset)
 
     def _slice(self, width: Width, heads: float) -> Slice:
         asked = None if heads == 1.0 else heads

@@ -25,8 +25,8 @@ class OnnxLanguageModel:
         return torch.from_numpy(logits)
 
 
-def open_session(path: str | Path, *, threads: int | None = None) -> Any:
-    """An ONNX Runtime CPU session with all optimizations."""
+def open_session(path: str | Path, *, threads: int | None = None, prepack: bool = True) -> Any:
+    """An ONNX Runtime CPU session with all optimizations; without `prepack` it copies no weight out of a mapped data file."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -34,4 +34,6 @@ def open_session(path: str | Path, *, threads: int | None = None) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

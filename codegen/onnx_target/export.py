@@ -79,7 +79,7 @@ def export_onnx(
     """
     steps = _Steps(progress)
     program = program if program.device.type == "cpu" else program.to("cpu")
-    exact = tolerance if tolerance is not None else _default_tolerance(program)
+    exact = tolerance if tolerance is not None else default_tolerance(program)
     checked = Checked(checks=(), fused=0, notes=("not checked: check=False",))
     with atomic_file(Path(path)) as scratch:
         written = _write(Onnx(opset=opset), program, scratch, external_data, steps)
@@ -155,7 +155,8 @@ def _check_size(file_bytes: int, nbytes: int, nodes: int) -> None:
         )
 
 
-def _default_tolerance(program: Program) -> float:
+def default_tolerance(program: Program) -> float:
+    """Bound of the error of an exact run, relative to the largest output value."""
     types = (node_type(n) for n in program.graph.nodes if n.op != "get_attr")
     return 2e-2 if any(t is not None and t.dtype is torch.float16 for t in types) else 1e-4
 

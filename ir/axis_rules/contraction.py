@@ -8,6 +8,7 @@ from torch import fx
 
 from ..atoms import Axis, MisalignedError, size_of
 from ..axes import Result, Tracer
+from ..formats.base import parse_format
 from ..nodes import argument
 from .registry import broadcast, rule
 
@@ -92,6 +93,8 @@ def einsum(t: Tracer, node: fx.Node) -> Result:
 def compressed(t: Tracer, node: fx.Node) -> Result:
     """The weight is stored packed: what it contracts and what it makes cannot shrink; the axes before a linear's pass."""
     why = f"{node.name} holds a compressed weight; prune before quantizing"
+    if t.prefixes and node.target._schema.name == "fxpress::linear" and parse_format(str(node.args[3])).takes_prefixes:  # type: ignore[union-attr]
+        return _packed_linear(t, node, why)
     x, shape = t.of(node.args[0]), node.meta["val"].shape
     axis = 1 if node.target._schema.name == "fxpress::conv" else len(x) - 1  # type: ignore[union-attr]
     out = list(t.pinned(node, why))
@@ -102,3 +105,20 @@ def compressed(t: Tracer, node: fx.Node) -> Result:
         for one in t.of(stored):
             t.pin(one, why)
     return tuple(out)
+
+
+def _packed_linear(t: Tracer, node: fx.Node, why: str) -> Result:
+    """A linear over a weight `[N, K]` that can be cut to prefixes; its stored tensors follow by format (`resize`), not by their axes."""
+    x, payload, bias, _, shape = node.args
+    out, summed = (t.axis(int(size)) for size in shape)  # type: ignore[union-attr, arg-type]
+    t.unify(t.of(x)[-1], summed, node.name)
+    if bias is not None:
+        t.unify(t.of(bias)[0], out, node.name)
+    for stored in payload:  # type: ignore[union-attr]
+        for one in t.of(stored):
+            t.pin(one, why)
+    for place, axis in enumerate((out, summed)):
+        t.constant(node, (4, place), axis)
+    t.packed[node] = (out, summed)
+    t.work[node] = (*(a for axis in t.of(x) for a in axis), *out)
+    return (*t.of(x)[:-1], out)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import FormatError
 from ..rounding import round_up
 from ..spec import option
-from .base import Payload, TensorSpec, WeightFormat
+from .base import Payload, TensorSpec, WeightFormat, rows_and_width
 from .bitpack import pack, packed_width, unpack
 
 
@@ -89,6 +89,23 @@ class Affine(WeightFormat):
         if self.group_size and self.group_size > columns:
             return f"group_size={self.group_size} is wider than the {columns} columns; use group_size <= {columns} or none (per channel)"
         return None
+
+    @property
+    def takes_prefixes(self) -> bool:
+        """Codes of a row are one stream."""
+        return True
+
+    def take(self, payload: Payload, rows: int, columns: int, kept: Tensor, width: int) -> dict[str, Tensor]:
+        """Prefixes of the streams of codes; a group is never cut in two."""
+        if self.group_size and width < columns and width % self.group_size:
+            raise FormatError(
+                f"{self.to_spec()} of [{rows}, {columns}]: {width} columns end inside a group of {self.group_size}; use widths that are multiples of "
+                f"{self.group_size} (multiple_of={self.group_size}), or a smaller group_size"
+            )
+        every = torch.zeros(1, dtype=torch.int64)
+        spec = self.payload_spec(len(kept), width, torch.float32)
+        shared = self.sharing is Granularity.TENSOR
+        return {n: rows_and_width(t, every if shared and n != "codes" else kept, spec[n].shape[1]) for n, t in payload.items()}
 
     def group(self, matrix: Tensor, fill: float = 0.0) -> Tensor:
         """`[N, K] -> [N, G, g]` (per tensor: `[1, 1, N*K]`), a short last group padded with `fill`."""

@@ -57,6 +57,18 @@ class WeightFormat(Options, ABC):
         """Reason why a weight `[rows, columns]` cannot take this format, or None when it can."""
         return None
 
+    @property
+    def takes_prefixes(self) -> bool:
+        """Whether `take` is there."""
+        return False
+
+    def take(self, payload: Payload, rows: int, columns: int, kept: Tensor, width: int) -> dict[str, Tensor]:
+        """Payload of the rows `kept: [n] int64` and of the first `width` columns, no weight of them changed; views where the rows are the first n.
+
+        `FormatError` where the format cannot do it at this width.
+        """
+        raise FormatError(f"{self.to_spec()} of [{rows}, {columns}]: no smaller part of it can be taken; slice before this format is stored")
+
     def nbytes(self, rows: int, columns: int, dtype: torch.dtype) -> int:
         """Bytes of the whole payload."""
         return sum(t.nbytes for t in self.payload_spec(rows, columns, dtype).values())
@@ -95,6 +107,12 @@ def parse_format(spec: str) -> WeightFormat:
     """Format from its text spec, such as `affine{bits=4,group_size=64}`."""
     name, options = parse_spec(spec)
     return format_class(name).from_dict(options)
+
+
+def rows_and_width(tensor: Tensor, kept: Tensor, width: int) -> Tensor:
+    """The rows `kept` and the first `width` entries of each; a view where the rows are the first ones."""
+    first = torch.equal(kept, torch.arange(len(kept), device=kept.device))
+    return (tensor.narrow(0, 0, len(kept)) if first else tensor.index_select(0, kept.to(tensor.device))).narrow(1, 0, width)
 
 
 def name_payload(fmt: WeightFormat, tensors: Sequence[Tensor], rows: int, columns: int, dtype: torch.dtype) -> dict[str, Tensor]:

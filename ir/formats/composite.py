@@ -59,6 +59,15 @@ class Composite(WeightFormat):
             raise FormatError(f"{self.to_spec()}: expected {len(self.parts)} payloads, got {len(payloads)}")
         return {f"part{i}_{name}": tensor for i, payload in enumerate(payloads) for name, tensor in payload.items()}
 
+    @property
+    def takes_prefixes(self) -> bool:
+        """Where all parts do."""
+        return all(f.takes_prefixes for f in self.formats)
+
+    def take(self, payload: Payload, rows: int, columns: int, kept: Tensor, width: int) -> dict[str, Tensor]:
+        """Part by part."""
+        return self.join([f.take(p, rows, columns, kept, width) for f, p in self.split(payload, rows, columns, torch.float32)])
+
     def encode(self, matrix: Tensor) -> dict[str, Tensor]:
         """Part by part in their order, each on what the ones before left over; `matrix: [N, K] float`."""
         (rows, columns), rest, payloads = matrix.shape, matrix.float(), []

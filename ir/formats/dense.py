@@ -8,7 +8,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from .base import Payload, TensorSpec, WeightFormat
+from .base import Payload, TensorSpec, WeightFormat, rows_and_width
 
 
 class FloatType(Enum):
@@ -32,6 +32,15 @@ class Dense(WeightFormat):
     def payload_spec(self, rows: int, columns: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
         """One tensor `values: [N, K]`."""
         return {"values": TensorSpec((rows, columns), self._stored(dtype))}
+
+    @property
+    def takes_prefixes(self) -> bool:
+        """As plain weights."""
+        return True
+
+    def take(self, payload: Payload, rows: int, columns: int, kept: Tensor, width: int) -> dict[str, Tensor]:
+        """A part of the matrix."""
+        return {"values": rows_and_width(payload["values"], kept, width)}
 
     def encode(self, matrix: Tensor) -> dict[str, Tensor]:
         """Cast `matrix: [N, K]` to the storage type."""

@@ -18,7 +18,7 @@ from ..errors import FormatError
 from ..rounding import fit, narrow, round_up
 from ..spec import option
 from .affine import ScaleType
-from .base import Payload, TensorSpec, WeightFormat
+from .base import Payload, TensorSpec, WeightFormat, rows_and_width
 from .bitpack import pack, packed_width, unpack
 
 LARGEST = 127  # entries of integer tables lie in [-127, 127]
@@ -70,6 +70,20 @@ class Lut(WeightFormat):
         if self.rows_per_table and self.rows_per_table > rows:
             return f"rows_per_table={self.rows_per_table} is more than the {rows} rows; use rows_per_table <= {rows} or none (one table)"
         return None
+
+    @property
+    def takes_prefixes(self) -> bool:
+        """Codes of a row are one stream."""
+        return True
+
+    def take(self, payload: Payload, rows: int, columns: int, kept: Tensor, width: int) -> dict[str, Tensor]:
+        """Prefixes of the streams of codes; of tables that a few rows share only the first ones, whole."""
+        shared = self.rows_per_table
+        if shared not in (None, 1) and len(kept) < rows and (len(kept) % shared or int(kept.max()) >= len(kept)):
+            raise FormatError(f"{self.to_spec()} of [{rows}, {columns}]: {len(kept)} of its rows are no first rows with whole tables; use rows_per_table=1")
+        found = {n: rows_and_width(t, kept, packed_width(width, self.bits) if n == "codes" else 1) for n, t in payload.items() if n != "table"}
+        tables = kept if shared == 1 else torch.arange(self.tables(len(kept)))
+        return {n: found[n] if n in found else rows_and_width(t, tables, self.entries) for n, t in payload.items()}
 
     def store(self, tables: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """`tables: [T, E] float` and the rows' scales `[N] float` as they are stored: the table in its type, and `[N, 1]` scales or None.

@@ -83,22 +83,25 @@ def pinned_skips(structure: Structure, roles: Collection[Role]) -> list[Skip]:
 
 
 def consumers(program: Program, analysis: AxisAnalysis) -> list[Consumer]:
-    """Every plain site with the axis of its inputs; the input channels of a grouped convolution are those of one group."""
+    """Every plain site (and packed one that may be cut) with the axis of its inputs; the input channels of a grouped convolution are those of one group."""
     aliases = alias_classes(program.graph_module)
-    return [_consumer(s, analysis, aliases) for s in program.sites() if not s.compressed and s.kind is not SiteKind.EMBEDDING]
+    plain = [s for s in program.sites() if s.kind is not SiteKind.EMBEDDING and (not s.compressed or s.node in analysis.packed)]
+    return [_consumer(s, analysis, aliases) for s in plain]
 
 
 def _consumer(site: WeightSite, analysis: AxisAnalysis, aliases: AliasClasses) -> Consumer:
+    if site.compressed:
+        return Consumer(site, analysis.packed[site.node][1])
     axes = analysis.tensors[aliases.of(site.tensors[0])[0]]
     return Consumer(site, axes[site.in_axis], site.columns // site.shape[site.in_axis])
 
 
-def cut(program: Program, kept: Mapping[Group, Tensor], pass_spec: str, why: str, *, views: bool = False) -> None:
+def cut(program: Program, kept: Mapping[Group, Tensor], pass_spec: str, why: str, *, prefixes: bool = False, views: bool = False) -> None:
     """Keep only the given indices of every group. Groups are found again by name: biases may have come, or the program may be a clone.
 
-    `views`: prefixes share memory with the tensors they were cut from.
+    `prefixes`: of compressed weights too. `views`: prefixes share memory with the tensors they were cut from.
     """
     if kept:
-        analysis = analyze_axes(program)
+        analysis = analyze_axes(program, prefixes=prefixes)
         with Editor(program, pass_spec) as editor:
             editor.resize_axis(analysis, {analysis.class_named(g.name): i for g, i in kept.items()}, why, views=views)
