@@ -24,16 +24,16 @@ RESULTS = Path(__file__).with_name("results") / "nested_lm.json"
 RATIOS = (0.75, 0.5, 0.875)
 ORDERS: dict[str, str] = {
     "the model's own order": "",
-    "ours: loss-weighted elimination, centred": "nest{importance=loss,roles=[ffn]}",
-    "ours: elimination, centred": "nest{importance=elimination,roles=[ffn]}",
-    "activation (Nemotron Elastic)": "nest{importance=activation,centre=false,roles=[ffn]}",
-    "Wanda-structured": "nest{importance=wanda,centre=false,roles=[ffn]}",
-    "ridge leverage (UniQL)": "nest{importance=leverage,centre=false,roles=[ffn]}",
-    "fluctuation with bias (FLAP)": "nest{importance=fluctuation,roles=[ffn]}",
-    "Fisher (DynamicMatFormer)": "nest{importance=fisher,centre=false,roles=[ffn]}",
-    "elimination, not centred": "nest{importance=elimination,centre=false,roles=[ffn]}",
-    "loss-weighted elimination, not centred": "nest{importance=loss,centre=false,roles=[ffn]}",
-    "Wanda-structured, centred": "nest{importance=wanda,roles=[ffn]}",
+    "ours: loss-weighted elimination, centred": "nest{importance=loss,centre=true,roles=[ffn]}",
+    "ours: elimination, centred": "nest{importance=elimination,centre=true,roles=[ffn]}",
+    "activation (Nemotron Elastic)": "nest{importance=activation,roles=[ffn]}",
+    "Wanda-structured": "nest{importance=wanda,roles=[ffn]}",
+    "ridge leverage (UniQL)": "nest{importance=leverage,roles=[ffn]}",
+    "fluctuation with bias (FLAP)": "nest{importance=fluctuation,centre=true,roles=[ffn]}",
+    "Fisher (DynamicMatFormer)": "nest{importance=fisher,roles=[ffn]}",
+    "elimination, not centred": "nest{importance=elimination,roles=[ffn]}",
+    "loss-weighted elimination, not centred": "nest{importance=loss,roles=[ffn]}",
+    "Wanda-structured, centred": "nest{importance=wanda,centre=true,roles=[ffn]}",
 }
 
 

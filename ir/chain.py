@@ -31,7 +31,7 @@ class Product:
 
 @dataclass(frozen=True, kw_only=True)
 class Convolution:
-    """A convolution with `weight: [O, I / groups, k]` or `[O, I / groups, kh, kw]`, called `<site>.<name>`."""
+    """A convolution with `weight: [O, I / groups, *k]` of up to three axes, called `<site>.<name>`."""
 
     name: str
     weight: Tensor
@@ -42,7 +42,7 @@ class Convolution:
 
     def call(self, x: Any, weight: Any, bias: Any) -> tuple[Any, tuple[Any, ...]]:
         """Operator and arguments."""
-        target = aten.conv1d.default if self.weight.dim() == 3 else aten.conv2d.default
+        target = {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}[self.weight.dim()]
         return target, (x, weight, bias, list(self.stride), list(self.padding), list(self.dilation), self.groups)
 
 

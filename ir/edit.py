@@ -202,6 +202,13 @@ class Editor:
         self.program.graph.erase_node(old)
         new.name = name if new.name != name else new.name
 
+    def exchange(self, old: fx.Node, new: fx.Node, why: str) -> None:
+        """`replace`, and remove what only `old` needed, all journalled."""
+        before = record(old)
+        self.replace(old, new)
+        self._journal(Action.REPLACED, why, before, record(new))
+        self._drop_dead(why)
+
     def bypass(self, node: fx.Node, source: fx.Node, why: str) -> None:
         """Remove `node` and let its users read `source`; of a node with several results, those who took the first one."""
         before = record(node)
@@ -219,6 +226,9 @@ class Editor:
     def drop_branch(self, node: fx.Node, stream: fx.Node, why: str) -> None:
         """Let the users of `node` read `stream`, and remove everything that only `node` needed, each node journalled."""
         self.bypass(node, stream, why)
+        self._drop_dead(why)
+
+    def _drop_dead(self, why: str) -> None:
         sites = {s.node: s for s in find_sites(self.program)}
         for dead in reversed(list(self.program.graph.nodes)):
             if dead.op == "call_function" and not dead.users:

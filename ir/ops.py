@@ -89,7 +89,7 @@ def conv(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """1-d or 2-d convolution of `x: [B, I, *space]` with the decoded weight `[O, I/groups, *kernel]`."""
+    """1-d, 2-d or 3-d convolution of `x: [B, I, *space]` with the decoded weight `[O, I/groups, *kernel]`."""
     return _plain_conv(x, decode_weight(payload, weight_format, shape, x.dtype), bias, stride, padding, dilation, groups)
 
 
@@ -124,7 +124,7 @@ conv.register_autograd(_conv_backward, setup_context=_keep)
 
 
 def _plain_conv(x: Tensor, w: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Tensor:
-    plain = {3: F.conv1d, 4: F.conv2d}[w.dim()]
+    plain = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[w.dim()]
     return plain(x, w, bias, list(stride), list(padding), list(dilation), groups)
 
 

@@ -35,10 +35,11 @@ class SiteKind(Enum):
     MM = "mm"  # weight [K, N]
     CONV1D = "conv1d"  # weight [O, I/groups, k]
     CONV2D = "conv2d"  # weight [O, I/groups, kh, kw]
+    CONV3D = "conv3d"  # weight [O, I/groups, kd, kh, kw]
     EMBEDDING = "embedding"  # weight [V, D]
 
 
-CONVOLUTIONS = (SiteKind.CONV1D, SiteKind.CONV2D)
+CONVOLUTIONS = (SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.CONV3D)
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ _PLAIN: dict[Any, _Operator] = {
     aten.conv1d.padding: _Operator(SiteKind.CONV1D, "input", "weight", "bias"),
     aten.conv2d.default: _Operator(SiteKind.CONV2D, "input", "weight", "bias"),
     aten.conv2d.padding: _Operator(SiteKind.CONV2D, "input", "weight", "bias"),
+    aten.conv3d.default: _Operator(SiteKind.CONV3D, "input", "weight", "bias"),
+    aten.conv3d.padding: _Operator(SiteKind.CONV3D, "input", "weight", "bias"),
     aten.embedding.default: _Operator(SiteKind.EMBEDDING, "indices", "weight", None),
 }
 _COMPRESSED: dict[Any, _Operator] = {
@@ -248,7 +251,7 @@ def _compressed_site(node: fx.Node, operator: _Operator) -> WeightSite:
     payload = argument(node, "payload")
     names = tuple(str(p.target) for p in payload)
     shape = tuple(argument(node, "shape"))
-    kind = SiteKind.CONV1D if operator.kind is SiteKind.CONV2D and len(shape) == 3 else operator.kind
+    kind = {3: SiteKind.CONV1D, 4: SiteKind.CONV2D, 5: SiteKind.CONV3D}[len(shape)] if operator.kind is SiteKind.CONV2D else operator.kind
     return WeightSite(
         name=node.meta.get("fxpress_site") or re.sub(r"(\.weight)?_[^_.]+$", "", names[0]),
         kind=kind,

@@ -41,7 +41,7 @@ class Nest(Pass):
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
     uses_data: ClassVar[bool] = True
     importance: NestImportance = NestImportance.ELIMINATION
-    centre: bool = True
+    centre: bool = False
     roles: tuple[Role, ...] = ROLES
 
     def analyze(self, program: Program, ctx: Context) -> Plan:

@@ -24,7 +24,7 @@ ARCHITECTURES = ("llama", "gpt2", "opt", "bert", "vit")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_full_model_is_what_it_was(name: str) -> None:
     program = fresh_program(name)
-    result = fxpress.optimize(program, "nest", calibration=data(name))
+    result = fxpress.optimize(program, "nest{centre=true}", calibration=data(name))
     assert difference(outputs(result.program), outputs(program)) < 1e-5
     assert {t.action.split(":")[0] for t in result.reports[0].taken} == ({"ffn", "head", "kv_group"} if name == "llama" else {"ffn", "head"})
     assert "moved by" in result.reports[0].notes[0] and result.guarantee.value == "exact"
@@ -40,7 +40,7 @@ def test_a_plan_moves_nothing_and_later_passes_see_a_nested_model() -> None:
 def test_a_prefix_of_the_order_beats_one_of_the_old_order(importance: NestImportance) -> None:
     program, ctx = mlp()
     errors = {}
-    for passes in ((f"nest{{importance={importance.value}}}", "slice{ratio=0.6,multiple_of=1}"), ("slice{ratio=0.6,multiple_of=1,unsorted=true}",)):
+    for passes in ((f"nest{{importance={importance.value},centre=true}}", "slice{ratio=0.6,multiple_of=1}"), ("slice{ratio=0.6,multiple_of=1,unsorted=true}",)):
         done = fxpress.optimize(program, list(passes), calibration=[c[0] for c in ctx.calibration])
         errors[len(passes)] = sum(float((done.program.run(*c[0]) - program.run(*c[0])).square().sum()) for c in ctx.calibration)
     assert errors[2] < 0.7 * errors[1]
@@ -59,7 +59,7 @@ def test_taking_the_mean_off_helps_every_prefix() -> None:
 
 def test_it_is_saved_and_exported(tmp_path: Path) -> None:
     pytest.importorskip("onnx")
-    result = fxpress.optimize(fresh_program("llama"), "nest", calibration=data("llama"))
+    result = fxpress.optimize(fresh_program("llama"), "nest{centre=true}", calibration=data("llama"))
     result.save(tmp_path / "nested")
     again = fxpress.load(tmp_path / "nested")
     small = fxpress.optimize(again.program, "slice{ratio=0.5}")

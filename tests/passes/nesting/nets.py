@@ -15,7 +15,7 @@ from ..test_decompose_modules import data
 
 @cache
 def _nested(name: str) -> tuple[Program, Context]:
-    program = fxpress.optimize(fresh_program(name), "nest", calibration=data(name)).program
+    program = fxpress.optimize(fresh_program(name), "nest{centre=true}", calibration=data(name)).program
     return program, Context(calibration=as_calls(data(name), program.inputs))
 
 
