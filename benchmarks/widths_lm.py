@@ -54,8 +54,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for share in SHARES:
         budget = 1 - (1 - share) * sum(c[0] for c in search.costs.values()) / search.total
-        room = search._room(budget)
-        starts = {"equal shares": search._ramp(room, 0), "rising with depth (MatFormer)": search._ramp(room, 1), "knapsack": search._knapsack(room)}
+        room = search.room(budget)
+        starts = {"equal shares": search.ramp(room, 0), "rising with depth (MatFormer)": search.ramp(room, 1), "knapsack": search.knapsack(room)}
         candidates = {name: search.found(places, name, 0) for name, places in starts.items()} | {"knapsack and exchanges": search.run(budget)}
         for name, found in candidates.items():
             rows.append(row(bench, nested, name, share, found, arguments.importance))

@@ -125,8 +125,8 @@ class Search:
 
     def run(self, budget: float) -> Found:
         """The best of the starts, then exchanges that lower the measured loss."""
-        room = self._room(budget)
-        starts = {"the knapsack": self._knapsack(room), "equal shares": self._ramp(room, 0), "widths that rise with depth": self._ramp(room, 1)}
+        room = self.room(budget)
+        starts = {"the knapsack": self.knapsack(room), "equal shares": self.ramp(room, 0), "widths that rise with depth": self.ramp(room, 1)}
         start = min(starts, key=lambda s: self.measured(starts[s]))
         best, made = self._exchange(starts[start], room)
         return self.found(best, start, made)
@@ -145,7 +145,7 @@ class Search:
             self._measured[key] = self.loss({g: self.grid[g][p] for g, p in places.items()})
         return self._measured[key]
 
-    def _room(self, budget: float) -> int:
+    def room(self, budget: float) -> int:
         """What the layers may take: the budget less everything else."""
         fixed = self.total - sum(self.costs[g][0] for g in self.groups)
         room, least = int(budget * self.total) - fixed, sum(min(c) for c in self.costs.values())
@@ -157,11 +157,12 @@ class Search:
             )
         return room
 
-    def _knapsack(self, room: int) -> Counts:
+    def knapsack(self, room: int) -> Counts:
+        """The least total of the predicted losses, exactly."""
         taken = choose([self.predicted[g] for g in self.groups], [self.costs[g] for g in self.groups], room)
         return dict(zip(self.groups, taken, strict=True))
 
-    def _ramp(self, room: int, slope: float) -> Counts:
+    def ramp(self, room: int, slope: float) -> Counts:
         """Shares `s + slope (depth - 1/2) / 2`, as large as fit: equal for a slope of 0, rising with depth for 1 (MatFormer's rule)."""
         low, high = -1.0, 2.0
         for _ in range(40):
@@ -220,7 +221,7 @@ class _Ahead(Search):
 
     def run(self, budget: float) -> Found:
         """Equal shares."""
-        return self.found(self._ramp(self._room(budget), 0), "equal shares", 0)
+        return self.found(self.ramp(self.room(budget), 0), "equal shares", 0)
 
 
 def _thinned(counts: Sequence[int], levels: int) -> list[int]:
@@ -235,7 +236,7 @@ def frontier(program: Program, budgets: Sequence[float], ctx: Context, options: 
     search = Search(options, program, groups, ctx)
     rows: list[dict[str, float | str | list[int]]] = []
     for budget in budgets:
-        found, equal = search.run(budget), search.found(search._ramp(search._room(budget), 0), "equal shares", 0)
+        found, equal = search.run(budget), search.found(search.ramp(search.room(budget), 0), "equal shares", 0)
         rows.append({
             "budget": budget, "unit": options.unit.value, "share": found.share, "predicted": found.predicted, "measured": found.measured, "start": found.start,
             "widths": list(found.widths.values()), "equal_share": equal.share, "equal_measured": equal.measured,

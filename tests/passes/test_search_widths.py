@@ -48,11 +48,11 @@ def test_exchanges_and_starts_never_make_it_worse() -> None:
     from fxpress.passes.structured.groups import find_groups
 
     search = Search(options, program, find_groups(program, find_structure(program), options.roles), ctx)
-    room = search._room(0.85)
+    room = search.room(0.85)
     best = search.run(0.85)
-    for places in (search._knapsack(room), search._ramp(room, 0), search._ramp(room, 1)):
+    for places in (search.knapsack(room), search.ramp(room, 0), search.ramp(room, 1)):
         assert best.measured <= search.measured(places) and search._cost(places) <= room
-    rising = list(search._ramp(room, 1).values())
+    rising = list(search.ramp(room, 1).values())
     assert rising[0] >= rising[-1], "places count down from the full width"
 
 
