@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ torch.set_num_threads(1)  # the models are tiny: more threads only wait for each
 
 from fxpress.ir.program import Program  # noqa: E402
 
-from .tiny import BUILDERS, TinyModel, fresh_program, tiny  # noqa: E402
+from . import grouping  # noqa: E402
+from .tiny import TinyModel, fresh_program, tiny  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -35,10 +37,13 @@ def captured() -> Callable[[str], Program]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip `gpu` tests where there is no CUDA device; keep tests of one tiny model (else: of one file) in one worker, which then captures it once."""
+    """Skip `gpu` tests where there is no CUDA device."""
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-        parameters = getattr(item, "callspec", None)
-        models = [p for p in (parameters.params.values() if parameters else ()) if isinstance(p, str) and p in BUILDERS]
-        item.add_marker(pytest.mark.xdist_group(models[0] if models else item.path.name))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist loadgroup` as `grouping` says."""
+    return grouping.scheduler(config, log) if config.getoption("dist") == "loadgroup" else None

@@ -1,0 +1,26 @@
+"""Which tests share a worker: those of one tiny model, which is then captured once, else those of one file, whose fixtures are then built once.
+
+xdist's own groups (a mark whose name it appends to the test's) are silently ignored by pytest 9.2: https://github.com/pytest-dev/pytest-xdist/issues/1386
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .tiny import BUILDERS
+
+
+def group(nodeid: str) -> str:
+    """The model named first among a test's parameters, else its file."""
+    path, _, name = nodeid.partition("::")
+    parameters = name.partition("[")[2].removesuffix("]").split("-")
+    return next((p for p in parameters if p in BUILDERS), path)
+
+
+def scheduler(config: Any, log: Any) -> Any:
+    """Xdist's scheduler of whole groups, those with the most tests first."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    made = LoadScopeScheduling(config, log)
+    made._split_scope = group
+    return made
