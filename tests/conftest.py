@@ -20,7 +20,7 @@ torch.set_num_threads(1)  # the models are tiny: more threads only wait for each
 
 from fxpress.ir.program import Program  # noqa: E402
 
-from . import grouping  # noqa: E402
+from . import grouping, torchlib  # noqa: E402
 from .tiny import TinyModel, fresh_program, tiny  # noqa: E402
 
 
@@ -34,6 +34,11 @@ def zoo() -> Callable[[str], TinyModel]:
 def captured() -> Callable[[str], Program]:
     """`captured(name)`: a program of the tiny model, free to edit (a clone of one capture a session)."""
     return fresh_program
+
+
+@pytest.fixture(autouse=True)
+def _torchlib() -> None:
+    torchlib.remember()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

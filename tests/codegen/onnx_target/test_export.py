@@ -26,6 +26,8 @@ from fxpress.ir.site_calls import why_not_compressible
 from fxpress.ir.sites import SiteKind
 from fxpress.runtime.artifact import load, save
 
+from ... import torchlib
+
 BLOCKS = "fxpress.codegen.onnx_target.blocks"
 
 
@@ -241,6 +243,7 @@ def test_an_untranslatable_operator_is_named(tmp_path: Path) -> None:
 
 
 def test_the_exporter_is_silent(captured: Callable[[str], Program], tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    torchlib.forget()
     heard: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
