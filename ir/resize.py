@@ -69,6 +69,7 @@ def _saved(program: Program) -> Callable[[], None]:
 
 
 def _carry_out(editor: Editor, analysis: AxisAnalysis, choice: Choice, views: bool) -> None:
+    before = _calls(editor.program)
     for name in changed_tensors(analysis, choice):
         tensor = get_tensor(editor.program.graph_module, name).detach()
         for dim, axis in enumerate(analysis.tensors[name]):
@@ -85,8 +86,14 @@ def _carry_out(editor: Editor, analysis: AxisAnalysis, choice: Choice, views: bo
             node.kwargs = {**node.kwargs, "scale": size_of(axis) ** -0.5}
     if any(_head_size_changes(analysis, node, choice) for node, _ in analysis.scales):
         relax_views(editor.program.graph)
-    propagate(editor.program)
+    propagate(editor.program, {node for node, call in _calls(editor.program).items() if call != before[node]})
     _check_shapes(analysis, choice)
+
+
+def _calls(program: Program) -> dict[fx.Node, tuple[Any, ...]]:
+    """What every node calls or reads."""
+    module = program.graph_module
+    return {n: (n.target, n.args, n.kwargs, id(get_tensor(module, str(n.target))) if n.op == "get_attr" else 0) for n in program.graph.nodes}
 
 
 def _kept(tensor: Tensor, dim: int, positions: Tensor, view: str) -> Tensor:

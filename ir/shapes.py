@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,21 +25,45 @@ def ensure_values(program: Program) -> None:
         propagate(program)
 
 
-def propagate(program: Program) -> None:
-    """Recompute every node's fake value from the inputs on, dynamic axes staying symbolic; `EditError` names the node where shapes no longer fit."""
+def propagate(program: Program, changed: Collection[fx.Node] | None = None) -> None:
+    """Recompute every node's fake value from the inputs on, dynamic axes staying symbolic; `EditError` names the node where shapes no longer fit.
+
+    `changed`: the calls and reads that are no longer those their values were computed for. Then only these and what follows from them is computed again.
+    """
     mode, inputs = _inputs(program)
     values: dict[fx.Node, Any] = {}
+    moved: set[fx.Node] = set()
     waiting = iter(inputs)
     with mode, torch.no_grad(), enable_python_dispatcher():
         for node in program.graph.nodes:
+            known = node.meta.get("val")
             if node.op == "placeholder":
                 values[node] = next(waiting)
             elif node.op == "get_attr":
                 values[node] = mode.from_tensor(get_tensor(program.graph_module, str(node.target)), static_shapes=True)
+                moved.update([node] if changed is None or node in changed else [])
             elif node.op == "call_function":
-                values[node] = _call(node, values)
+                stands = changed is not None and node not in changed and moved.isdisjoint(node.all_input_nodes) and _lives_in(known, mode)
+                values[node] = known if stands else _call(node, values)
+                moved.update([] if stands or _types(values[node]) == _types(known) else [node])
             if node.op != "output":
                 node.meta["val"] = values[node]
+
+
+def _lives_in(value: Any, mode: FakeTensorMode) -> bool:
+    """Whether a value is known, in this mode."""
+    tensors = [v for v in pytree.tree_leaves(value) if isinstance(v, Tensor)]
+    return bool(tensors) and all(isinstance(t, torch._subclasses.FakeTensor) and t.fake_mode is mode for t in tensors)
+
+
+def _types(value: Any) -> list[Any]:
+    """What operators can tell of a fake value."""
+    return [(v.dtype, v.device, _sizes(v.shape), _sizes(v.stride())) if isinstance(v, Tensor) else _sizes([v]) for v in pytree.tree_leaves(value)]
+
+
+def _sizes(sizes: Iterable[Any]) -> list[Any]:
+    """Sizes that can be compared: asking symbolic ones whether they are equal would fix them."""
+    return [s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes]
 
 
 def place(program: Program, device: torch.device | str) -> None:
