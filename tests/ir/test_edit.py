@@ -42,9 +42,9 @@ def test_compressing_every_site_is_setting_every_decoded_weight(model: str, capt
     before = program.sites()
     assert all(why_not_compressible(s) is None for s in before)
     wanted = {s.name: rounded(s, fmt) for s in before}
-    for name in wanted:
-        compress(program, site_named(program, name), fmt)
-        with Editor(reference, "test") as editor:
+    with Editor(reference, "test") as editor:
+        for name in wanted:
+            compress(program, site_named(program, name), fmt)
             editor.set_matrix(site_named(reference, name), wanted[name], "why")
     program.verify()
     assert [s.name for s in program.sites()] == list(wanted)
