@@ -270,7 +270,7 @@ def test_matching_finds_what_the_journal_says(captured: Captured, name: str) -> 
     assert [(e.kind, e.before, e.after) for e in found.entries] == [(e.kind, e.before, e.after) for e in told.entries]
 
 
-@pytest.mark.parametrize("name", ["mlp", "llama", "convnext"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("llama", marks=pytest.mark.slow), "convnext"])  # test_text.py captures a llama twice, too
 def test_two_captures_of_one_model_are_the_same(captured: Captured, name: str) -> None:
     model = tiny(name)
     again = capture(model.model, model.example_inputs, dynamic_shapes=model.dynamic_shapes)
