@@ -17,7 +17,10 @@ FORMS = ("bitmap 50% float16", "bitmap 50% 4 bits", "balanced 16:32 float16", "b
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU run the scripts themselves")
-@pytest.mark.parametrize(("script", "plain"), [("lscd_gpu.py", "cuBLAS float16"), ("lscd_decode_gpu.py", "dense float16 (cuBLAS)")])
+@pytest.mark.parametrize(
+    ("script", "plain"),
+    [("lscd_gpu.py", "cuBLAS float16"), pytest.param("lscd_decode_gpu.py", "dense float16 (cuBLAS)", marks=pytest.mark.slow)],  # the same kernels in a stack
+)
 def test_every_contestant_is_correct(script: str, plain: str) -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPTS / script), "--tiny"], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
