@@ -25,7 +25,7 @@ def drawn(shape: tuple[int, ...], terms: int, generator: torch.Generator) -> dic
     for name, size in shapes.items():
         inputs = size[1] if name == CHANNELS else max(size[2:])
         variance = 1.0 / inputs if name != last else 2.0 / (inputs * terms)
-        found[name] = torch.randn(size, generator=generator) * variance**0.5
+        found[name] = torch.randn(size, generator=generator, device="cpu") * variance**0.5
     return found
 
 

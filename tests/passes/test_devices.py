@@ -31,6 +31,7 @@ RECIPES = (
     ("llama", "factorize_mpo{ratio=0.7,family=2,metric=weight}"), ("conv", "factorize_tucker{ratio=0.6}"), ("conv", "factorize_cp{ratio=0.6}"),
     ("llama", "nest; slice{ratio=0.5,heads=0.5}"), ("llama", "nest; search_widths{budget=0.85,levels=11}"), ("llama", "nest; train_nested{steps=3}"),
     ("llama", "decompose_modules{ratio=0.7,multiple_of=4,head_multiple=2}"), ("vit", "decompose_modules{ratio=0.7,multiple_of=4,head_multiple=2}"),
+    ("conv", "oneway_conv{start=fresh,form=composed}; oneway_form{to=factored}"), ("conv", "oneway_conv"),
     ("llama", "plan_factorization{budget=0.8}"), ("conv", "plan_factorization{budget=0.8}"),
     ("llama", "factorize_svd{ratio=0.6}; recover{steps=3}"), ("llama", "factorize_svd{ratio=0.6}; recover{scope=block,steps=3}"),
     ("llama", "factorize_svd{ratio=0.6}; recover{scope=local,steps=3}"), ("llama", "prune_wanda{sparsity=0.5}; recover{steps=3,dtype=bf16}"),
