@@ -38,7 +38,7 @@ def write(folder: Path, hidden: int, inputs: int) -> None:
     model = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, inputs)).eval()
     x = torch.randn(4, inputs)
     axes = ({0: torch.export.Dim("rows", max=4096)},)
-    nested = fxpress.optimize(model, "nest{centre=false}", example_inputs=(x,), calibration=[(x,)], dynamic_shapes=axes)
+    nested = fxpress.optimize(model, "nest", example_inputs=(x,), calibration=[(x,)], dynamic_shapes=axes)
     elastic = Elastic(nested.program)
     print(elastic.export_onnx(folder / "shared", WIDTHS))
     for place, width in enumerate(WIDTHS):

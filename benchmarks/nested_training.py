@@ -39,7 +39,7 @@ from fxpress.runtime.zoo_images import fashion_mnist
 RESULTS = Path(__file__).with_name("results")
 SHARES = {"S": 0.125, "M": 0.25, "L": 0.5, "XL": 1.0}
 LAYERS, LENGTH = 4, 128
-ORDER = "nest{importance=activation,centre=false,roles=[ffn]}"
+ORDER = "nest{importance=activation,roles=[ffn]}"
 NESTED = {
     "nested: one width a step (MatFormer)": "",
     "nested: a width for each quarter of a batch": "accumulate=4,",

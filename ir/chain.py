@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 aten = torch.ops.aten
+CONVS = {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}  # by the dimensions of the weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +43,7 @@ class Convolution:
 
     def call(self, x: Any, weight: Any, bias: Any) -> tuple[Any, tuple[Any, ...]]:
         """Operator and arguments."""
-        target = {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}[self.weight.dim()]
-        return target, (x, weight, bias, list(self.stride), list(self.padding), list(self.dilation), self.groups)
+        return CONVS[self.weight.dim()], (x, weight, bias, list(self.stride), list(self.padding), list(self.dilation), self.groups)
 
 
 @dataclass(frozen=True, kw_only=True)

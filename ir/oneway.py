@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .chain import Chain, Convolution
+from .chain import CONVS, Chain, Convolution
 from .edit import Editor, record
 from .nodes import argument, get_tensor
 from .program import Program
@@ -29,7 +29,6 @@ from .sites import CONVOLUTIONS, WeightSite
 aten = torch.ops.aten
 CHANNELS = "channels"
 _PART = re.compile(rf"^(?P<name>.+)\.(?:{CHANNELS}|axis(?P<axis>\d+))$")
-_CONVS = {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}
 Geometry = tuple[list[int], list[int], list[int]]
 
 
@@ -109,7 +108,7 @@ def find_oneways(program: Program) -> list[OneWay]:
         site = sites.get(node)
         if site is not None and site.kind in CONVOLUTIONS and not site.compressed:
             found += _factored(site, sites)
-        elif node.op == "call_function" and node.target in _CONVS.values() and isinstance(node.args[1], fx.Node) and node.args[1].op == "call_function":
+        elif node.op == "call_function" and node.target in CONVS.values() and isinstance(node.args[1], fx.Node) and node.args[1].op == "call_function":
             found += _composed(node)
     return found
 
@@ -162,7 +161,7 @@ def compose(editor: Editor, one: OneWay, why: str) -> None:
         reads = {n: program.graph.get_attr(t) for n, t in one.filters.items()}
         weight = _multiply(program.graph, reads, shapes)
         args = (sites[first].data, weight, argument(last, "bias"), stride, padding, dilation, sites[first].groups)
-        node = program.graph.call_function(_CONVS[len(shapes["axis0"])], args)
+        node = program.graph.call_function(CONVS[len(shapes["axis0"])], args)
     for new, read in zip(reads.values(), [n.args[1] for n in one.nodes], strict=True):
         new.meta["val"] = read.meta["val"]  # type: ignore[union-attr]
     for new in [n for n in program.graph.nodes if n not in before and n.op == "call_function"]:

@@ -15,12 +15,14 @@ from torch import Tensor, fx
 from .atoms import Axis, leaves, size_of
 from .axes import AxisAnalysis, AxisClass, Choice, Constant, hint, kept_positions, kept_size
 from .errors import EditError, FormatError
+from .formats.base import is_prefix
 from .nodes import argument, get_tensor, op_name
 from .shapes import propagate, relax_views
 
 if TYPE_CHECKING:
     from .edit import Editor
     from .program import Program
+    from .sites import WeightSite
 
 
 def checked_choice(analysis: AxisAnalysis, kept: Mapping[AxisClass, Tensor]) -> dict[Any, Tensor]:
@@ -76,8 +78,9 @@ def _carry_out(editor: Editor, analysis: AxisAnalysis, choice: Choice, views: bo
             if any(leaf in choice for leaf in leaves(axis)):
                 tensor = _kept(tensor, dim, kept_positions(axis, choice).to(tensor.device), f"resize {name}" if views else "")
         editor.set_tensor(name, tensor if views else tensor.contiguous())
-    for node in changed_nodes(analysis, choice):
-        _cut_packed(editor, node, analysis.packed[node], choice, views)
+    packed = set(changed_nodes(analysis, choice))
+    for site in [s for s in editor.program.sites() if s.node in packed]:
+        _cut_packed(editor, site, analysis.packed[site.node], choice, views)
     _rewrite_splits(analysis, choice)
     for constant in analysis.constants:
         _rewrite(constant, choice)
@@ -100,18 +103,17 @@ def _kept(tensor: Tensor, dim: int, positions: Tensor, view: str) -> Tensor:
     """The positions of one dimension; a view where one was asked for (by what an error begins with)."""
     if not view:
         return tensor.index_select(dim, positions)
-    if not torch.equal(positions, torch.arange(len(positions), device=positions.device)):
+    if not is_prefix(positions):
         raise EditError(f"{view}: what stays in dimension {dim} is no prefix, so it would have to be copied; use the pass slice")
     return tensor.narrow(dim, 0, len(positions))
 
 
-def _cut_packed(editor: Editor, node: fx.Node, axes: tuple[Axis, Axis], choice: Choice, views: bool) -> None:
+def _cut_packed(editor: Editor, site: WeightSite, axes: tuple[Axis, Axis], choice: Choice, views: bool) -> None:
     """The stored tensors of a compressed linear, as its format takes the rows and the first columns that stay."""
-    site = next(s for s in editor.program.sites() if s.node is node)
     rows, columns = (kept_positions(axis, choice) for axis in axes)
     if site.tied:
         raise EditError(f"resize {site}: {', '.join(site.tied)} reads the same {site.format.to_spec()}; untie it before quantizing")
-    if not torch.equal(columns, torch.arange(len(columns), device=columns.device)):
+    if not is_prefix(columns):
         raise EditError(f"resize {site}: of packed inputs only the first ones can be kept; cut before quantizing")
     old = site.payload()
     try:

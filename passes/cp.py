@@ -43,8 +43,8 @@ class Canonical:
 
 
 def khatri_rao(factors: Sequence[Tensor]) -> Tensor:
-    """Columnwise Kronecker product of `[n_k, R]` tensors, `[prod n_k, R]`, the last index fastest."""
-    return reduce(lambda a, b: (a.unsqueeze(1) * b.unsqueeze(0)).flatten(0, 1), factors)
+    """Columnwise Kronecker product of `[..., n_k, R]` tensors, `[..., prod n_k, R]`, the last index fastest."""
+    return reduce(lambda a, b: (a.unsqueeze(-2) * b.unsqueeze(-3)).flatten(-3, -2), factors)
 
 
 def decompose(tensor: Tensor, rank: int, generator: torch.Generator, largest: float = LARGEST, starts: int = STARTS, sweeps: int = SWEEPS) -> Canonical:
@@ -83,7 +83,7 @@ def _sliced(tensor: Tensor, rank: int) -> list[Tensor]:
     slices, places = best // values.shape[1], best % values.shape[1]
     digits = torch.unravel_index(slices, tensor.shape[2:])
     found = [left[slices, :, places].t() * values[slices, places], right[slices, places].t(), *(b[:, d] for b, d in zip(bases, digits, strict=True))]
-    return _balanced([torch.nn.functional.pad(f, (0, rank - f.shape[1])) for f in found])
+    return balanced([torch.nn.functional.pad(f, (0, rank - f.shape[1])) for f in found])
 
 
 def _sweeps(tensor: Tensor, factors: list[Tensor], ridge: float, count: int) -> list[Tensor]:
@@ -96,7 +96,7 @@ def _sweeps(tensor: Tensor, factors: list[Tensor], ridge: float, count: int) -> 
             new = torch.linalg.solve(gram + damping * torch.eye(len(gram), dtype=gram.dtype), right.t()).t()
             left = power - 2 * float((new * right).sum()) + float((new.t() @ new * gram).sum())
             factors[mode] = new
-            factors = _balanced(factors)
+            factors = balanced(factors)
         error = max(left, 0.0) ** 0.5
         if last - error < 1e-6 * last:
             break
@@ -117,8 +117,8 @@ def _contracted(tensor: Tensor, factors: Sequence[Tensor], mode: int) -> Tensor:
     return found
 
 
-def _balanced(factors: list[Tensor]) -> list[Tensor]:
-    """The same terms with columns of equal norm in every mode."""
-    norms = [f.norm(dim=0).clamp_min(1e-100) for f in factors]
+def balanced(factors: list[Tensor]) -> list[Tensor]:
+    """The same terms, of factors `[..., n_k, R]`, with columns of equal norm in every mode."""
+    norms = [f.norm(dim=-2, keepdim=True).clamp_min(1e-100) for f in factors]
     mean = reduce(torch.mul, norms) ** (1 / len(factors))
     return [f * (mean / n) for f, n in zip(factors, norms, strict=True)]

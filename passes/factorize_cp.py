@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..ir.chain import Chain, Convolution
 from ..ir.errors import SpecError
+from ..ir.oneway import kernel_axes
 from ..ir.site_calls import conv_geometry
 from ..ir.sites import CONVOLUTIONS, SiteKind, WeightSite
 from ..ir.spec import option
@@ -67,7 +68,7 @@ class FactorizeCp(Factorization):
         """Grouped and 1x1 convolutions besides what every factorization leaves."""
         if site.groups > 1:
             return f"it has {site.groups} groups; CP mixes all channels"
-        if not _axes(site):
+        if not kernel_axes(site.shape):
             return "a kernel of one position has no axis to filter along"
         return why_not_observable(site) or super().why_not(site)
 
@@ -121,14 +122,9 @@ def _fitted(found: Canonical, matrix: Tensor, gram: Tensor) -> Canonical:
     return Canonical(factors=(first, *found.factors[1:]))
 
 
-def _axes(site: WeightSite) -> list[int]:
-    """Axes of the weight along which the kernel has more than one position."""
-    return [axis for axis in range(2, len(site.shape)) if site.shape[axis] > 1]
-
-
 def _sizes(site: WeightSite) -> tuple[int, ...]:
     """Of the modes: outputs, inputs, and each axis of the kernel with more than one position."""
-    return (site.rows, site.shape[1], *(site.shape[axis] for axis in _axes(site)))
+    return (site.rows, site.shape[1], *(site.shape[axis] for axis in kernel_axes(site.shape)))
 
 
 def _numbers(site: WeightSite) -> int:
@@ -143,7 +139,7 @@ def _chain(site: WeightSite, factors: list[Tensor]) -> Chain:
     ones, zeros = (1,) * count, (0,) * count
     reduce = Convolution(name="reduce", weight=factors[1].t().reshape(rank, -1, *ones).contiguous(), stride=ones, padding=zeros, dilation=ones)
     filters = []
-    for number, (axis, factor) in enumerate(zip(_axes(site), factors[2:], strict=True)):
+    for number, (axis, factor) in enumerate(zip(kernel_axes(site.shape), factors[2:], strict=True)):
         mine = [i for i in range(count) if i == axis - 2 or (number == 0 and site.shape[2 + i] == 1)]
         shape = [len(factor) if i == axis - 2 else 1 for i in range(count)]
         moved = [tuple(v[i] if i in mine else neutral for i in range(count)) for v, neutral in ((stride, 1), (padding, 0), (dilation, 1))]

@@ -12,7 +12,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from ..ir.chain import Chain
+from ..ir.chain import Chain, parameters
 from ..ir.edit import Editor
 from ..ir.oneway import chain_of, compose, filter_shapes, find_oneways, kernel_axes
 from ..ir.program import Program
@@ -69,20 +69,20 @@ class OnewayConv(Factorization):
 
     def planned_chain(self, site: WeightSite) -> Chain | str:
         """The filters without data."""
-        shapes = filter_shapes(site.shape, self.terms)
-        count = sum(torch.Size(s).numel() for s in shapes.values())
-        if count >= site.parameters:
-            return f"{self.terms} terms a map hold {count:,} weights, the kernel itself {site.parameters:,}"
-        return chain_of({n: empty(*s) for n, s in shapes.items()}, conv_geometry(site), site.groups)
+        planned = chain_of({n: empty(*s) for n, s in filter_shapes(site.shape, self.terms).items()}, conv_geometry(site), site.groups)
+        if parameters(planned) >= site.parameters:
+            return f"{self.terms} terms a map hold {parameters(planned):,} weights, the kernel itself {site.parameters:,}"
+        return planned
 
     def chain(self, site: WeightSite, matrix: Tensor, statistics: Statistics | None) -> tuple[Chain | str, dict[str, float]]:
         """The filters, and of fitted ones the relative error and how far terms cancel (`terms`, over the kernel's size: above 1 in part)."""
         generator = torch.Generator(device="cpu").manual_seed(_seed(site))
         if self.start is Start.FRESH:
-            filters = {n: f.to(matrix.device) for n, f in drawn(site.shape, self.terms, generator).items()}
-            return chain_of(filters, conv_geometry(site), site.groups), {"terms_a_map": float(self.terms)}
-        filters, error, cancelling = fitted(matrix.view(site.shape), self.terms, generator)
-        return chain_of(filters, conv_geometry(site), site.groups), {"weight_error": error, "terms": cancelling}
+            filters, facts = drawn(site.shape, self.terms, generator), {"terms_a_map": float(self.terms)}
+        else:
+            filters, error, cancelling = fitted(matrix.view(site.shape), self.terms, generator)
+            facts = {"weight_error": error, "terms": cancelling}
+        return chain_of({n: f.to(matrix.device) for n, f in filters.items()}, conv_geometry(site), site.groups), facts
 
     def rewrite_site(self, editor: Editor, site: WeightSite, decision: Decision, statistics: Statistics | None, ctx: Context) -> SiteResult:
         """Factor, and compose where that form is wanted."""

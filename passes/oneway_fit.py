@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ir.oneway import CHANNELS, filter_shapes
-from .cp import LARGEST, RIDGES
-
-SWEEPS, STARTS = 200, 4
+from .cp import LARGEST, RIDGES, STARTS, SWEEPS, balanced, khatri_rao
 
 
 def drawn(shape: tuple[int, ...], terms: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -51,13 +49,8 @@ def _laid(factor: Tensor, shape: tuple[int, ...], *, last: bool) -> Tensor:
 
 def _product(factors: list[Tensor]) -> Tensor:
     """`[F, n1, n2, ...]` of factors `[F, n, R]`."""
-    rows = _khatri_rao(factors[1:])
+    rows = khatri_rao(factors[1:])
     return (factors[0] @ rows.transpose(1, 2)).view(len(factors[0]), *(f.shape[1] for f in factors))
-
-
-def _khatri_rao(factors: list[Tensor]) -> Tensor:
-    """`[F, prod n, R]`, the last index fastest."""
-    return reduce(lambda a, b: (a.unsqueeze(2) * b.unsqueeze(1)).flatten(1, 2), factors)
 
 
 def _term_norms(factors: list[Tensor]) -> Tensor:
@@ -106,10 +99,10 @@ def _sweep(maps: Tensor, terms: int, ridge: float, generator: torch.Generator, *
             others = [f for i, f in enumerate(factors) if i != mode]
             gram = reduce(torch.mul, (f.transpose(1, 2) @ f for f in others))
             damping = (ridge * gram.diagonal(dim1=1, dim2=2).mean(1)).clamp_min(1e-12)
-            right = maps.movedim(mode + 1, 1).flatten(2) @ _khatri_rao(others)
+            right = maps.movedim(mode + 1, 1).flatten(2) @ khatri_rao(others)
             eye = torch.eye(terms, dtype=maps.dtype)
             factors[mode] = torch.linalg.solve(gram + damping.view(-1, 1, 1) * eye, right.transpose(1, 2)).transpose(1, 2)
-            factors = _balanced(factors)
+            factors = balanced(factors)
         error = float((_product(factors) - maps).norm())
         if last - error < 1e-7 * max(error, 1e-12):
             break
@@ -124,10 +117,3 @@ def _start(maps: Tensor, mode: int, terms: int, generator: torch.Generator, lead
         return random
     left = torch.linalg.svd(unfolded, full_matrices=False)[0][:, :, :terms]
     return torch.cat([left, 0.1 * random[:, :, left.shape[2] :]], 2)
-
-
-def _balanced(factors: list[Tensor]) -> list[Tensor]:
-    """The same terms with filters of equal norm."""
-    norms = [f.norm(dim=1, keepdim=True).clamp_min(1e-100) for f in factors]
-    mean = reduce(torch.mul, norms) ** (1 / len(factors))
-    return [f * (mean / n) for f, n in zip(factors, norms, strict=True)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..codegen.onnx_target.check import Mode, check_file
-from ..codegen.onnx_target.export import default_tolerance
+from ..codegen.onnx_target.export import FUSED_TOLERANCE, default_tolerance, save
 from ..codegen.onnx_target.lowering import Onnx
 from ..codegen.onnx_target.shared_data import share
 from ..ir.errors import ArtifactError, ExportError
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from .elastic import Elastic, Width
 
 DATA, MANIFEST = "weights.bin", "elastic.json"
-FUSED_TOLERANCE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,7 @@ def export_elastic(elastic: Elastic, folder: str | Path, widths: Sequence[Width]
         shared = share(models, scratch / DATA)
         errors = []
         for program, model, name in zip(programs, models, files, strict=True):
-            _save(model, scratch / name)
+            save(model, scratch / name, external=False)
             bounds = {Mode.EXACT: default_tolerance(program), Mode.DEFAULT: FUSED_TOLERANCE}
             checks = check_file(scratch / name, program, bounds=bounds).checks
             errors.append(max(c.error for c in checks if c.mode is Mode.EXACT))
@@ -62,12 +61,6 @@ def export_elastic(elastic: Elastic, folder: str | Path, widths: Sequence[Width]
         for left in [p for p in scratch.iterdir() if p.name not in (*files, DATA, MANIFEST)]:
             left.unlink()
     return ElasticExport(folder=str(folder), files=tuple(files), data_bytes=shared.stored, apart_bytes=shared.apart, errors=tuple(errors))
-
-
-def _save(model: Any, path: Path) -> None:
-    import onnx_ir as ir
-
-    ir.save(model, path)
 
 
 class ElasticSession:

@@ -24,6 +24,7 @@ from .text import report_text
 if TYPE_CHECKING:
     import onnx_ir
 
+FUSED_TOLERANCE = 0.25  # of ONNX Runtime's default run
 PROTOBUF_LIMIT = 1_900_000_000  # a protobuf message ends at 2 GiB
 GRAPH_BYTES_PER_NODE, GRAPH_BYTES = 400, 8192
 
@@ -66,7 +67,7 @@ def export_onnx(
     *,
     opset: int | None = None,
     tolerance: float | None = None,
-    fused_tolerance: float = 0.25,
+    fused_tolerance: float = FUSED_TOLERANCE,
     check: bool = True,
     external_data: bool | None = None,
     progress: bool = False,
@@ -130,13 +131,14 @@ def _write(target: Onnx, program: Program, path: Path, external_data: bool | Non
     model, nbytes = lowered.artifact, lowered.report.nbytes
     external = nbytes > PROTOBUF_LIMIT if external_data is None else external_data
     with steps.step("write", f"writing {path.name}"):
-        _save(model, path, external)
+        save(model, path, external)
     file_bytes = sum(f.stat().st_size for f in path.parent.iterdir())
     _check_size(file_bytes, nbytes, len(model.graph))
     return _Written(lowered.report, model.opset_imports[""], file_bytes, external)
 
 
-def _save(model: onnx_ir.Model, path: Path, external: bool) -> None:
+def save(model: onnx_ir.Model, path: Path, external: bool) -> None:
+    """Write the model; `external`: its weights into `<path>.data` beside it. Tensors that lie in a file already stay there."""
     import onnx_ir as ir
 
     if external:

@@ -6,7 +6,7 @@ of the weights would copy them in every run instead (docs/passes/nest.md has bot
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -124,11 +124,3 @@ def _external(data: Path, offset: int, tensor: Any, name: str) -> onnx_ir.Extern
     import onnx_ir as ir
 
     return ir.ExternalTensor(data.name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir=str(data.parent))
-
-
-def data_ranges(path: Path) -> Mapping[str, tuple[int, int]]:
-    """Offset and length of every tensor that a graph file keeps in its data file."""
-    import onnx_ir as ir
-
-    held = ((n, v.const_value) for n, v in ir.load(path).graph.initializers.items())
-    return {n: (t.offset or 0, t.length or t.nbytes) for n, t in held if isinstance(t, ir.ExternalTensor)}

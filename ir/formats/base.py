@@ -109,10 +109,14 @@ def parse_format(spec: str) -> WeightFormat:
     return format_class(name).from_dict(options)
 
 
+def is_prefix(indices: Tensor) -> bool:
+    """Whether the indices are the first ones, in their order."""
+    return torch.equal(indices, torch.arange(len(indices), device=indices.device))
+
+
 def rows_and_width(tensor: Tensor, kept: Tensor, width: int) -> Tensor:
     """The rows `kept` and the first `width` entries of each; a view where the rows are the first ones."""
-    first = torch.equal(kept, torch.arange(len(kept), device=kept.device))
-    return (tensor.narrow(0, 0, len(kept)) if first else tensor.index_select(0, kept.to(tensor.device))).narrow(1, 0, width)
+    return (tensor.narrow(0, 0, len(kept)) if is_prefix(kept) else tensor.index_select(0, kept.to(tensor.device))).narrow(1, 0, width)
 
 
 def name_payload(fmt: WeightFormat, tensors: Sequence[Tensor], rows: int, columns: int, dtype: torch.dtype) -> dict[str, Tensor]:

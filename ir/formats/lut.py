@@ -81,9 +81,9 @@ class Lut(WeightFormat):
         shared = self.rows_per_table
         if shared not in (None, 1) and len(kept) < rows and (len(kept) % shared or int(kept.max()) >= len(kept)):
             raise FormatError(f"{self.to_spec()} of [{rows}, {columns}]: {len(kept)} of its rows are no first rows with whole tables; use rows_per_table=1")
-        found = {n: rows_and_width(t, kept, packed_width(width, self.bits) if n == "codes" else 1) for n, t in payload.items() if n != "table"}
         tables = kept if shared == 1 else torch.arange(self.tables(len(kept)))
-        return {n: found[n] if n in found else rows_and_width(t, tables, self.entries) for n, t in payload.items()}
+        parts = {"codes": (kept, packed_width(width, self.bits)), "table": (tables, self.entries), "scale": (kept, 1)}
+        return {n: rows_and_width(t, *parts[n]) for n, t in payload.items()}
 
     def store(self, tables: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """`tables: [T, E] float` and the rows' scales `[N] float` as they are stored: the table in its type, and `[N, 1]` scales or None.

@@ -10,7 +10,6 @@ import torch
 pytest.importorskip("onnxruntime")
 
 import fxpress
-from fxpress.codegen.onnx_target.shared_data import data_ranges
 from fxpress.ir.errors import ArtifactError, ExportError
 from fxpress.ir.program import Program
 from fxpress.runtime.elastic import Elastic
@@ -23,6 +22,14 @@ def feeds(program: Program) -> dict[str, object]:
     from fxpress.codegen.onnx_target.signature import input_names
 
     return {name: program.inputs.leaves[i].numpy() for i, name in input_names(program)}
+
+
+def data_ranges(path: Path) -> dict[str, tuple[int, int]]:
+    """Offset and length of every tensor that a graph file keeps in its data file."""
+    import onnx_ir as ir
+
+    held = ((n, v.const_value) for n, v in ir.load(path).graph.initializers.items())
+    return {n: (t.offset or 0, t.length or t.nbytes) for n, t in held if isinstance(t, ir.ExternalTensor)}
 
 
 @pytest.mark.parametrize("name", ["vit", pytest.param("llama", marks=pytest.mark.slow), pytest.param("gpt2", marks=pytest.mark.slow)])
