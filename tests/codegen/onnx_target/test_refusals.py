@@ -43,7 +43,7 @@ def test_a_disk_that_fills_up_half_way_leaves_the_old_file(result: fxpress.Resul
         scratch.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(export, "_save", full)
+    monkeypatch.setattr(export, "save", full)
     with pytest.raises(ArtifactError, match="No space left"):
         result.export_onnx(path)
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
