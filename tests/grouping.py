@@ -5,9 +5,17 @@ xdist's own groups (a mark whose name it appends to the test's) are silently ign
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
+
 from .tiny import BUILDERS
+
+
+def some_slow(names: Iterable[str], *slow: str) -> list[Any]:
+    """Parameters for a test of many models, of which `slow` are left to `make test-all`: kin of the others that cost much and show little more."""
+    return [pytest.param(n, marks=pytest.mark.slow) if n in slow else n for n in names]
 
 
 def group(nodeid: str) -> str:

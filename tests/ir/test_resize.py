@@ -20,13 +20,14 @@ from fxpress.ir.program import Program
 from fxpress.ir.weights import named_tensors
 from fxpress.runtime.artifact import load, save
 
+from ..grouping import some_slow
 from ..masking import TOLERANCE, assert_removal_is_masking, captured_double, difference, divided, double, free, outputs, resized
 from ..tiny import BUILDERS, SPREAD, fresh_program, randn, seeded, tiny
 
 COMPARED = {"mlp": 1, "conv": 2, "grouped": 3, "depthwise": 1, "conv1d": 2, "llama": 6, "gpt2": 8, "vit": 6, "resnet": 4, "unet": 4}  # at least
 
 
-@pytest.mark.parametrize("model", BUILDERS)
+@pytest.mark.parametrize("model", some_slow(BUILDERS, "llama_tied", "llama_eager", "opt"))
 def test_removal_is_masking(model: str) -> None:
     compared = assert_removal_is_masking(double(fresh_program(model)))
     assert len(compared) >= COMPARED.get(model, 0)
@@ -39,7 +40,7 @@ def test_a_permutation_changes_nothing(model: str) -> None:
     assert difference(outputs(resized(program, kept)), outputs(program)) < TOLERANCE
 
 
-@pytest.mark.parametrize("model", ["conv", "conv1d", "embedding", "opt"])
+@pytest.mark.parametrize("model", some_slow(["conv", "conv1d", "embedding", "opt"], "opt"))
 def test_two_classes_at_once_are_one_after_the_other_and_sizes_still_vary(model: str) -> None:
     program, other = double(fresh_program(model)), tiny(model).other
     classes = [c for c in free(analyze_axes(program)) if c.size > 2][:3]
@@ -227,7 +228,7 @@ def test_a_failure_midway_leaves_the_program_as_it_was(model: str, stage: str, m
     assert not program.journal.changes
 
 
-@pytest.mark.parametrize("model", ["conv", "gpt2"])
+@pytest.mark.parametrize("model", some_slow(["conv", "gpt2"], "gpt2"))
 def test_a_resized_program_is_saved_loaded_and_exported(model: str, tmp_path: Path) -> None:
     from fxpress.codegen.onnx_target import export_onnx
 

@@ -19,6 +19,7 @@ from fxpress.passes.structured.compensate import Compensation
 from fxpress.passes.structured.scores import Importance
 
 from ..checks import assert_same, relative_error
+from ..grouping import some_slow
 from ..masking import outputs
 from ..tiny import Mlp, fresh_program, randn, tiny
 from .structured.nets import mlp, redundant
@@ -36,7 +37,7 @@ def prune(name: str, spec: str, program: Program | None = None) -> Any:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("ranking", ["uniform", "global"])
+@pytest.mark.parametrize("ranking", some_slow(["uniform", "global"], "uniform"))
 def test_every_model_gets_smaller_and_still_runs(name: str, ranking: str) -> None:
     result = prune(name, f"prune_structured{{ratio=0.4,importance=wanda,multiple_of=1,ranking={ranking}}}")
     assert result.program.parameters < fresh_program(name).parameters

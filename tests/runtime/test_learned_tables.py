@@ -10,11 +10,12 @@ import torch
 import fxpress
 
 from ..checks import assert_same
+from ..grouping import some_slow
 from ..tiny import fresh_program, tiny
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "conv"])
-@pytest.mark.parametrize("spec", ["quantize_lut{bits=3}", "quantize_lut{bits=4,outliers=0.01,sensitive=0.002}"])
+@pytest.mark.parametrize("name", some_slow(["llama", "gpt2", "bert", "conv"], "gpt2", "bert"))
+@pytest.mark.parametrize("spec", some_slow(["quantize_lut{bits=3}", "quantize_lut{bits=4,outliers=0.01,sensitive=0.002}"], "quantize_lut{bits=3}"))
 def test_saves_loads_attaches_and_exports(name: str, spec: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     program = fresh_program(name)

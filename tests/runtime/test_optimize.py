@@ -18,6 +18,7 @@ from fxpress.passes.estimate import DryRun
 from fxpress.passes.quantize_rtn import QuantizeRtn
 
 from ..checks import assert_same
+from ..grouping import some_slow
 from ..tiny import TinyModel
 
 Zoo = Callable[[str], TinyModel]
@@ -28,7 +29,7 @@ def run(program: fxpress.Program, tiny: TinyModel) -> Any:
     return program.run_inputs(tiny.call)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "resnet"])
+@pytest.mark.parametrize("name", some_slow(["llama", "gpt2", "resnet"], "gpt2"))
 def test_one_call_from_model_to_result(zoo: Zoo, name: str, tmp_path: Path) -> None:
     tiny = zoo(name)
     result = fxpress.optimize(

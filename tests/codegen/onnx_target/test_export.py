@@ -27,6 +27,7 @@ from fxpress.ir.sites import SiteKind
 from fxpress.runtime.artifact import load, save
 
 from ... import torchlib
+from ...grouping import some_slow
 
 BLOCKS = "fxpress.codegen.onnx_target.blocks"
 
@@ -98,7 +99,7 @@ def test_dense_tied_weights_are_stored_once(captured: Callable[[str], Program], 
     assert report.max_error < 1e-5
 
 
-@pytest.mark.parametrize("name", ["conv", "conv1d", "gpt2", "vit", "opt"])
+@pytest.mark.parametrize("name", some_slow(["conv", "conv1d", "gpt2", "vit", "opt"], "opt"))
 def test_other_models(captured: Callable[[str], Program], name: str, tmp_path: Path) -> None:
     report = export_onnx(compressed(captured(name)), tmp_path / "model.onnx")
     assert report.max_error < 1e-5
@@ -214,7 +215,7 @@ def test_refusals(captured: Callable[[str], Program], tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["llama_eager", "bert", "resnet"])
+@pytest.mark.parametrize("name", some_slow(["llama_eager", "bert", "resnet"], "bert"))
 def test_torchs_own_decomposition_is_not_needed(captured: Callable[[str], Program], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from fxpress.codegen.onnx_target import skeleton
 
