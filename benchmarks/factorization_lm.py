@@ -54,6 +54,8 @@ METHODS: dict[str, list[str]] = {
     "MoDeGPT as published": [PUBLISHED],
     "MoDeGPT, uniform": [PUBLISHED.replace("entropic", "uniform")],
     "ours: decompose_modules": [OURS],
+    "plain SVD, healed": ["factorize_svd{ratio=%s,metric=weight}", HEAL],
+    "MPO t=2, refined, healed": ["factorize_mpo{ratio=%s,family=2}", HEAL],
     "whitened SVD, sequential, healed": ["factorize_svd{ratio=%s}", HEAL],
     "MoDeGPT as published, healed": [PUBLISHED, HEAL],
     "ours: decompose_modules, healed": [OURS, HEAL],
