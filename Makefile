@@ -1,7 +1,7 @@
 # fxpress. `make` lists the targets. Needs Python >= 3.10 with pip and venv; everything else goes into $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= onnx,hf,plot,dev$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(comma)triton)
+EXTRAS ?= onnx,hf,plot,wave,dev$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(comma)triton)
 
 comma := ,
 bin := $(VENV)/bin

@@ -120,6 +120,7 @@ class PassReport:
     bytes_after: int
     seconds: float
     notes: tuple[str, ...] = ()
+    history: tuple[tuple[int, float], ...] = ()  # passes that train end to end: steps done, held-out loss
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -135,6 +136,7 @@ class PassReport:
                 "taken": tuple(SiteResult(**t) for t in data["taken"]),
                 "skipped": tuple(Skip(**s) for s in data["skipped"]),
                 "notes": tuple(data["notes"]),
+                "history": tuple((step, loss) for step, loss in data.get("history", ())),
             }
         )
 

@@ -27,7 +27,7 @@ class Context:
     """Shared by all passes of one run.
 
     `training` and `loss(outputs, target)` are for passes that train. The pipeline sets `original`, the program as it entered, `stage`, the
-    number of the running stage, and `remarks`, where a running pass leaves sentences for its report.
+    number of the running stage, and `remarks` and `history`, where a running pass leaves sentences and the course of its training for its report.
     """
 
     calibration: Sequence[Call] = ()
@@ -36,6 +36,7 @@ class Context:
     original: Program | None = None
     stage: int = 0
     remarks: list[str] = field(default_factory=list)
+    history: list[tuple[int, float]] = field(default_factory=list)
     seed: int = 0
     progress: bool = False
     checkpoint: Checkpoint | None = None

@@ -82,7 +82,7 @@ class FactorizeCp(Factorization):
             return f"rank {rank} holds {count:,} weights, the kernel itself {site.parameters:,}"
         return _chain(site, [empty(size, rank) for size in _sizes(site)])
 
-    def chain(self, site: WeightSite, matrix: Tensor, statistics: Statistics | None) -> tuple[Chain | str, dict[str, float]]:
+    def chain(self, site: WeightSite, matrix: Tensor, statistics: Statistics | None, seed: int = 0) -> tuple[Chain | str, dict[str, float]]:
         """The factors, their rank, the relative error, and how large the terms are together beside the kernel (above 1: they cancel in part)."""
         tensor = matrix.view(_sizes(site)).double()
         data = ConvData(site, statistics.inputs) if self.metric is Metric.INPUT and statistics is not None and statistics.inputs else None

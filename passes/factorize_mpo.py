@@ -157,7 +157,7 @@ class FactorizeMpo(Budgeted):
         rounds = 0 if self.metric is Metric.WEIGHT else self.refine / 2 * (2 if self.family is None else 1) * (4 if self.tolerance is not None else 1)
         return replace(plan, flops=plan.flops + 10.0 * rounds * site.parameters * site.columns)
 
-    def chain(self, site: WeightSite, matrix: Tensor, statistics: Statistics | None) -> tuple[Chain | str, dict[str, float]]:
+    def chain(self, site: WeightSite, matrix: Tensor, statistics: Statistics | None, seed: int = 0) -> tuple[Chain | str, dict[str, float]]:
         """The winner's operators, its t, bond, error, and multiply-adds a token over the dense weight's."""
         winner, errors = self.winner(site, matrix, statistics)
         if isinstance(winner, str):

@@ -114,7 +114,7 @@ class FactorizeSvd(Budgeted):
             return _no_smaller(site, rank)
         return _pair(site, empty(rank, site.columns), empty(site.rows, rank))
 
-    def chain(self, site: WeightSite, matrix: Tensor, statistics: Statistics | None) -> tuple[Chain | str, dict[str, float]]:
+    def chain(self, site: WeightSite, matrix: Tensor, statistics: Statistics | None, seed: int = 0) -> tuple[Chain | str, dict[str, float]]:
         """The pair, and its relative output error (of the weight, with `metric=weight`)."""
         found = self._spectrum(site, matrix, statistics)
         rank = self.rank or self._rounded(_most(site, self.ratio or 1.0))

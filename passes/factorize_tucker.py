@@ -110,7 +110,7 @@ class FactorizeTucker(Factorization):
         fields = site.shape[2:]
         return _chain(site, empty(rank_in, site.shape[1]), empty(rank_out, rank_in, prod(fields)), empty(site.rows, rank_out))
 
-    def chain(self, site: WeightSite, matrix: Tensor, statistics: Statistics | None) -> tuple[Chain | str, dict[str, float]]:
+    def chain(self, site: WeightSite, matrix: Tensor, statistics: Statistics | None, seed: int = 0) -> tuple[Chain | str, dict[str, float]]:
         """The factors, their ranks, and the relative error (of outputs, or of the kernel)."""
         kernel = matrix.view(site.rows, site.shape[1], -1)
         data = ConvData(site, statistics.inputs) if self.metric is Metric.INPUT and statistics is not None and statistics.inputs else None

@@ -38,8 +38,11 @@ class Factorization(SitePass):
         """The chain as planned, its weights without data, or the reason why there is none that is smaller than the weight."""
 
     @abstractmethod
-    def chain(self, site: WeightSite, matrix: Tensor, statistics: Statistics | None) -> tuple[Chain | str, dict[str, float]]:
-        """Factors of `matrix: [N, K] float32`, and facts worth reporting; a reason when the data says that none are worth having."""
+    def chain(self, site: WeightSite, matrix: Tensor, statistics: Statistics | None, seed: int = 0) -> tuple[Chain | str, dict[str, float]]:
+        """Factors of `matrix: [N, K] float32`, and facts worth reporting; a reason when the data says that none are worth having.
+
+        `seed` is the run's, for filters that are drawn.
+        """
 
     def why_not(self, site: WeightSite) -> str | None:
         """Compressed or tied weights, and weights that no chain makes smaller."""
@@ -61,7 +64,7 @@ class Factorization(SitePass):
 
     def rewrite_site(self, editor: Editor, site: WeightSite, decision: Decision, statistics: Statistics | None, ctx: Context) -> SiteResult:
         """Factorize, and report how many weights are left."""
-        chain, facts = self.chain(site, site.matrix().float(), statistics)
+        chain, facts = self.chain(site, site.matrix().float(), statistics, ctx.seed)
         if isinstance(chain, str):
             return SiteResult(site=site.name, action=f"left as it is: {chain}", bytes_before=site.nbytes, bytes_after=site.nbytes, facts={"kept": 1.0} | facts)
         count = parameters(chain)

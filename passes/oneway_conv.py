@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -74,9 +75,9 @@ class OnewayConv(Factorization):
             return f"{self.terms} terms a map hold {parameters(planned):,} weights, the kernel itself {site.parameters:,}"
         return planned
 
-    def chain(self, site: WeightSite, matrix: Tensor, statistics: Statistics | None) -> tuple[Chain | str, dict[str, float]]:
+    def chain(self, site: WeightSite, matrix: Tensor, statistics: Statistics | None, seed: int = 0) -> tuple[Chain | str, dict[str, float]]:
         """The filters, and of fitted ones the relative error and how far terms cancel (`terms`, over the kernel's size: above 1 in part)."""
-        generator = torch.Generator(device="cpu").manual_seed(_seed(site))
+        generator = torch.Generator(device="cpu").manual_seed(_seed(site, seed))
         if self.start is Start.FRESH:
             filters, facts = drawn(site.shape, self.terms, generator), {"terms_a_map": float(self.terms)}
         else:
@@ -111,6 +112,6 @@ class OnewayConv(Factorization):
                 compose(editor, one, "kernel multiplied out for training")
 
 
-def _seed(site: WeightSite) -> int:
-    """A seed of the site's own, the same in every run."""
-    return sum(ord(c) * 31**i for i, c in enumerate(site.name)) % 2**31
+def _seed(site: WeightSite, seed: int) -> int:
+    """A seed of the site's own, the same in every run with the same seed."""
+    return int.from_bytes(blake2b(f"{seed}:{site.name}".encode(), digest_size=7).digest(), "big")

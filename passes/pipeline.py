@@ -75,7 +75,7 @@ def run_pipeline(program: Program, passes: Sequence[Pass], ctx: Context) -> Outc
     reports: list[PassReport] = []
     with working_on(program):
         for number, stage in enumerate(_stages(passes)):
-            reports += _run(current, stage, replace(ctx, stage=number, remarks=[]))
+            reports += _run(current, stage, replace(ctx, stage=number, remarks=[], history=[]))
             current.verify()
     if current.stage is Stage.CAPTURED and passes:
         current.stage = Stage.COMPRESSED
@@ -105,7 +105,7 @@ def _run(program: Program, stage: tuple[Pass, ...], ctx: Context) -> list[PassRe
         results = (stage[0].rewrite(program, planned[0].plan, ctx),)
         seconds = (time.perf_counter() - began,)
     reports = [_report(program, p, r, s) for p, r, s in zip(planned, results, seconds, strict=True)]
-    return [replace(reports[0], notes=(*reports[0].notes, *ctx.remarks)), *reports[1:]]
+    return [replace(reports[0], notes=(*reports[0].notes, *ctx.remarks), history=tuple(ctx.history)), *reports[1:]]
 
 
 def _report(program: Program, planned: PlannedPass, results: tuple[SiteResult, ...], seconds: float) -> PassReport:

@@ -103,6 +103,7 @@ class Recover(Pass, TrainingOptions):
         if self.scope is Scope.MODEL:
             result = fine_tune(program, ctx.original, training_data(ctx), options, ctx, parts=parts)
             ctx.remarks.extend(result.notes)
+            ctx.history.extend(result.history)
             why = f"{self.name}: {result.steps} steps, loss {result.before:.4g} -> {result.after:.4g}"
             return write_back(program, parts, result.tensors, self.to_spec(), why)
         healed = heal_blocks(program, parts, training_data(ctx), options, ctx) if self.scope is Scope.BLOCK else heal_chains(program, parts, options, ctx)

@@ -23,7 +23,8 @@ class TrainNested(Pass, TrainingOptions):
     """Trains weights, biases and norms so that every share of the feed-forward units in `widths` is a good model; `slice` and `Elastic` take them out.
 
     One width is drawn a step with `probabilities` (those of MatFormer's table 6 that favour the full model), or with `joint` all of them are trained in
-    every step. The objective is `recover`'s: agreement with the original, or the task's loss (`objective=task`, from scratch).
+    every step, their losses weighted by the probabilities. The objective is `recover`'s: agreement with the original, or the task's loss
+    (`objective=task`, from scratch).
     """
 
     guarantee: ClassVar[Guarantee] = Guarantee.TRAINED
@@ -37,7 +38,7 @@ class TrainNested(Pass, TrainingOptions):
         super().__post_init__()
         if not self.widths or any(not 0 < w <= 1 for w in self.widths) or sorted(set(self.widths)) != list(self.widths):
             raise SpecError(f"{self.name}: widths are shares of the units that rise up to 1, for example widths=[0.25,0.5,1.0]; got {list(self.widths)}")
-        if not self.joint and (len(self.probabilities) != len(self.widths) or any(p < 0 for p in self.probabilities) or sum(self.probabilities) <= 0):
+        if len(self.probabilities) != len(self.widths) or any(p < 0 for p in self.probabilities) or sum(self.probabilities) <= 0:
             raise SpecError(f"{self.name}: expected one probability for each of the {len(self.widths)} widths, none negative; got {list(self.probabilities)}")
 
     def analyze(self, program: Program, ctx: Context) -> Plan:
@@ -70,6 +71,7 @@ class TrainNested(Pass, TrainingOptions):
         )
         before = trainer.losses({})
         standing = trainer.run()
+        ctx.history.extend(standing.history)
         after = trainer.losses(trainer.loop.best) if trainer.loop.best else before
         ctx.remarks.extend(f"width {w:.4g}: held-out loss {a:.4g} -> {b:.4g}" for w, a, b in zip(self.widths, before, after, strict=True))
         if standing.stopped:

@@ -25,6 +25,13 @@ class FloatName(Enum):
     BFLOAT16 = "bfloat16"
 
 
+class DemoName(Enum):
+    """What `fxpress demo` shows."""
+
+    LANGUAGE = "language"
+    WAVE = "wave"
+
+
 ModelArgument = Annotated[str, typer.Argument(help="Hugging Face folder, or package.module:factory returning (model, example_inputs)")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="folder to write")]
 
@@ -40,13 +47,17 @@ def main() -> None:
 
 @app.command()
 def demo(
+    what: Annotated[
+        DemoName, typer.Argument(help="language: SmolLM2-135M to 4 bits; wave: a wave simulator of one-way filters, trained here")
+    ] = DemoName.LANGUAGE,
     out: OutOption = Path("demo-out"),
-    quick: Annotated[bool, typer.Option(help="2 calibration windows and 2 evaluation windows: a smoke test")] = False,
+    quick: Annotated[bool, typer.Option(help="so little data that it is a smoke test")] = False,
 ) -> None:
-    """Compress SmolLM2-135M to 4 bits, check it in ONNX Runtime, and write model.onnx, diff.html and report.md."""
+    """Compress a model, check it in ONNX Runtime, hold it against the dense one, and write files, pictures and report.md."""
+    from ..examples.wave_simulator.demo import run_wave
     from .demo import run_demo
 
-    run_demo(out, quick=quick)
+    {DemoName.LANGUAGE: run_demo, DemoName.WAVE: run_wave}[what](out, quick=quick)
 
 
 @app.command()

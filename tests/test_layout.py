@@ -1,4 +1,4 @@
-"""The four folders at the root are one package: linked, imported once, and all in the wheel."""
+"""The folders at the root are one package: linked, imported once, and all in the wheel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("ir", "passes", "codegen", "runtime")
+FOLDERS = ("ir", "passes", "codegen", "runtime", "examples")
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 
 

@@ -1,8 +1,8 @@
 """Train one set of weights to be a good model at several widths at once (MatFormer, arXiv 2310.07707, section 3).
 
 Every width is a view of the full model (`slice.prefix_view`), so a step at half the width does half of the feed-forward arithmetic, and its gradients reach the
-prefixes it read. By default one width is drawn a step and all layers take it; `joint` sums the losses of all widths instead (the first version's, and 2.6
-times the arithmetic).
+prefixes it read. By default one width is drawn a step and all layers take it; `joint` sums the losses of all widths instead, weighted by the same
+probabilities (equal ones: the first version's; 2.6 times the arithmetic, and gradients without the noise of drawing).
 """
 
 from __future__ import annotations
@@ -82,8 +82,10 @@ class NestedTrainer:
     def _loss(self, item: Item, tensors: Tensors) -> Tensor:
         if isinstance(item, tuple):
             return self._at(*item, tensors)
-        places = range(len(self.shares)) if self.joint else torch.multinomial(self._chances, 1).tolist()
-        return torch.stack([self._at(item, place, tensors) for place in places]).mean()
+        if not self.joint:
+            return self._at(item, int(torch.multinomial(self._chances, 1)), tensors)
+        weights = (self._chances / self._chances.sum()).tolist()
+        return torch.stack([weight * self._at(item, place, tensors) for place, weight in enumerate(weights) if weight]).sum()
 
     def _at(self, example: Example, place: int, tensors: Tensors) -> Tensor:
         student = self._students[place]

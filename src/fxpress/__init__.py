@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-if not Path(__file__).with_name("ir").is_dir():  # a clone without symbolic links: the four folders stand at the repository's root
+if not Path(__file__).with_name("ir").is_dir():  # a clone without symbolic links: the folders stand at the repository's root
     __path__.append(str(Path(__file__).parents[2]))
 
 from .ir.capture import capture

@@ -61,6 +61,7 @@ def test_drawn_filters_are_the_same_in_every_run() -> None:
     x = correlated(4, 8, 12, 14)
     one, two = (fxpress.optimize(net(), "oneway_conv{start=fresh}", example_inputs=(x,)).program for _ in range(2))
     assert torch.equal(one.run(x), two.run(x)) and float(one.run(x).std()) > 0.02, "signals neither vanish nor explode"
+    assert not torch.equal(fxpress.optimize(net(), "oneway_conv{start=fresh}", example_inputs=(x,), seed=1).program.run(x), one.run(x))
 
 
 def test_skips_have_reasons() -> None:

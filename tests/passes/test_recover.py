@@ -88,6 +88,7 @@ def test_report_and_journal(captured: Callable[[str], Program]) -> None:
     assert [(s.site, "packed weights" in s.why) for s in report.skipped] == [("head", True)]
     assert "loss " in report.notes[0] and "(7 training and 1 held-out batches); 40 of 40 steps, best at step " in report.notes[0]
     assert report.notes[0] in recovered.summary()
+    assert [step for step, _ in report.history] == [0, 10, 20, 30, 40] and f"-> {min(loss for _, loss in report.history):.4g} " in report.notes[0]
     changes = [c for c in recovered.program.journal.changes if c.pass_spec.startswith("recover")]
     assert [c.action for c in changes] == [Action.REWEIGHTED] * 4 and "40 steps" in changes[0].why
     assert not recovered.diff().is_empty

@@ -38,6 +38,14 @@ def test_smaller_widths_gain(joint: str) -> None:
     assert sum(after for _, after in found) < sum(before for before, _ in found)
 
 
+def test_the_probabilities_weight_joint_losses() -> None:
+    only = "probabilities=[0.0,0.0,1.0]"
+    drawn, joint = (train(SPEC.replace("probabilities=[0.3,0.3,0.4]", only + extra)) for extra in ("", ",joint=true"))
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert_same(get_tensor(joint.program.graph_module, name).detach(), get_tensor(drawn.program.graph_module, name).detach())
+    assert drawn.reports[0].history[0][0] == 0 and len(drawn.reports[0].history) == 4
+
+
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     whole = train()
     with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,1 @@
+"""Worked examples: models, data and training, each runnable from the command line."""
