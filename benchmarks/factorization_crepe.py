@@ -71,6 +71,7 @@ METHODS = {
     "shared taps, data, 16x": Method(spec="factorize_tucker{ratio=0.0615,multiple=8,form=taps}"),
     "shared taps, equal errors of 0.06": Method(spec="factorize_tucker{tolerance=0.06,multiple=8,form=taps}"),
     "shared taps, equal errors of 0.15": Method(spec="factorize_tucker{tolerance=0.15,multiple=8,form=taps}"),
+    "one-way, 9 terms a map": Method(spec="oneway_conv{terms=9}"),
     "Tucker-2, weight only, EVBMF ranks": Method(spec="factorize_tucker{evbmf=true,metric=weight}"),
 }
 

@@ -91,14 +91,16 @@ class Slice(Pass):
         widths = self.widths * len(layers) if len(self.widths) == 1 else self.widths
         if wide := next(((g, w) for g, w in zip(layers, widths, strict=False) if w > g.size), None):
             raise PassError(f"{self.to_spec()}: width {wide[1]} is more than the {wide[0].size} units of {wide[0].name}")
-        found = dict(zip(layers, widths, strict=True)) if widths else {g: self._rounded(g.size) for g in layers}
+        found = dict(zip(layers, widths, strict=True)) if widths else {g: rounded(self.ratio or 1.0, g.size, self.multiple_of) for g in layers}
         by_layer = {g: max(1, round((self.heads or 1.0) * g.size)) for g in heads if g.role is Role.KV_GROUP}
         grouped = {g.layer for g in by_layer}
         return found | by_layer | {g: max(1, round((self.heads or 1.0) * g.size)) for g in heads if g.role is Role.HEAD and g.layer not in grouped}
 
-    def _rounded(self, size: int) -> int:
-        step = self.multiple_of if size > self.multiple_of else 1
-        return min(size, max(step, round((self.ratio or 1.0) * size / step) * step))
+
+def rounded(ratio: float, size: int, multiple_of: int) -> int:
+    """A share of `size` units as a multiple of `multiple_of`, where that is smaller than the layer."""
+    step = multiple_of if size > multiple_of else 1
+    return min(size, max(step, round(ratio * size / step) * step))
 
 
 def cut_prefixes(program: Program, plan: Plan, roles: tuple[Role, ...]) -> None:

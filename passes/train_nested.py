@@ -23,7 +23,8 @@ class TrainNested(Pass, TrainingOptions):
     """Trains weights, biases and norms so that every share of the feed-forward units in `widths` is a good model; `slice` and `Elastic` take them out.
 
     One width is drawn a step with `probabilities` (those of MatFormer's table 6 that favour the full model), or with `joint` all of them are trained in
-    every step, their losses weighted by the probabilities. The objective is `recover`'s: agreement with the original, or the task's loss
+    every step, their losses weighted by the probabilities, and one of `mixes` Mix'n'Match models
+    between neighbouring widths. The objective is `recover`'s: agreement with the original, or the task's loss
     (`objective=task`, from scratch).
     """
 
@@ -32,6 +33,7 @@ class TrainNested(Pass, TrainingOptions):
     widths: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0)
     probabilities: tuple[float, ...] = (0.20, 0.22, 0.24, 0.34)
     joint: bool = False
+    mixes: int = option(0, ge=0)
     multiple_of: int = option(8, ge=1)
 
     def __post_init__(self) -> None:
@@ -40,6 +42,8 @@ class TrainNested(Pass, TrainingOptions):
             raise SpecError(f"{self.name}: widths are shares of the units that rise up to 1, for example widths=[0.25,0.5,1.0]; got {list(self.widths)}")
         if len(self.probabilities) != len(self.widths) or any(p < 0 for p in self.probabilities) or sum(self.probabilities) <= 0:
             raise SpecError(f"{self.name}: expected one probability for each of the {len(self.widths)} widths, none negative; got {list(self.probabilities)}")
+        if self.mixes and not self.joint:
+            raise SpecError(f"{self.name}: mixes are trained beside the widths in one step, so they need joint=true")
 
     def analyze(self, program: Program, ctx: Context) -> Plan:
         """One decision for every part that will be trained."""
@@ -67,7 +71,16 @@ class TrainNested(Pass, TrainingOptions):
         if not parts:
             return ()
         trainer = NestedTrainer(
-            program, parts, training_data(ctx), self, ctx, shares=self.widths, probabilities=self.probabilities, joint=self.joint, multiple_of=self.multiple_of
+            program,
+            parts,
+            training_data(ctx),
+            self,
+            ctx,
+            shares=self.widths,
+            probabilities=self.probabilities,
+            joint=self.joint,
+            multiple_of=self.multiple_of,
+            mixed=self.mixes,
         )
         before = trainer.losses({})
         standing = trainer.run()

@@ -35,9 +35,10 @@ class Settings:
 
     nodes: int = 33
     trajectories: tuple[int, int] = (100, 20)
-    steps: int = 500
+    steps: int = 400
     batch: int = 16
-    lr: float = 2e-3
+    lr: float = 5e-3
+    noise: float = 0.05
     horizon: int = 25
     seed: int = 0
 
@@ -85,9 +86,9 @@ def run_wave(out: Path, *, quick: bool = False) -> None:
 def _trained(name: str, waves: Waves, settings: Settings, console: Console) -> Result:
     """One net from scratch, on the same batches as the others."""
     recipe = [*BEFORE[name], settings.training, *AFTER[name]]
-    console.print(f"{name}: {' -> '.join(recipe)}", markup=False)
+    console.print(f"{name}: {' -> '.join(recipe)}", markup=False, soft_wrap=True)
     torch.manual_seed(settings.seed)
-    data = batches(waves.steps(), size=settings.batch, count=settings.steps, seed=settings.seed)
+    data = batches(waves.steps(), size=settings.batch, count=settings.steps, noise=settings.noise, seed=settings.seed)
     shapes = {"x": {0: torch.export.Dim("batch", min=1, max=1024)}}
     net = StepNet().eval()
     return optimize(

@@ -31,7 +31,7 @@ def draw_rollout(truth: Tensor, predictions: Mapping[str, Tensor], path: Path, s
     shown = [s for s in shown if s <= len(truth)]
     steps = [s - 1 for s in shown]
     size = float(truth.abs().max())
-    worst = max(float((p - truth)[steps].abs().max()) for p in predictions.values())
+    worst = min(size, max(float((p - truth)[steps].abs().max()) for p in predictions.values()))
     fields = [("truth", truth, size)]
     for name, field in predictions.items():
         fields += [(name, field, size), (f"{name}: error", field - truth, worst)]
@@ -40,7 +40,7 @@ def draw_rollout(truth: Tensor, predictions: Mapping[str, Tensor], path: Path, s
     for line, (name, field, scale) in zip(grid, fields, strict=True):
         for axes, step in zip(line, shown, strict=True):
             picture = axes.imshow(field[step - 1].T, origin="lower", cmap="RdBu_r", vmin=-scale, vmax=scale)
-            axes.set(xticks=[], yticks=[], title=f"step {step}" if line is grid[0] else "")
+            axes.set(xticks=[], yticks=[], title=f"step {step}" if name == "truth" else "")
         line[0].set_ylabel(name)
         figure.colorbar(picture, ax=list(line), shrink=0.8)
     _save(figure, path)

@@ -31,7 +31,7 @@ def losses(result: Any) -> list[list[float]]:
     return [[float(a), float(b)] for a, b in found]
 
 
-@pytest.mark.parametrize("joint", ["", "joint=true,"])
+@pytest.mark.parametrize("joint", ["", "joint=true,", "joint=true,mixes=2,"])
 def test_smaller_widths_gain(joint: str) -> None:
     found = losses(train(SPEC.replace("{", "{" + joint)))
     assert len(found) == 3 and found[0][1] < found[0][0]
@@ -79,7 +79,7 @@ def test_refusals() -> None:
     with pytest.raises(TrainingError, match="needs data"):
         fxpress.optimize(nested("llama")[0], SPEC)
     for spec, text in (
-        ("widths=[0.5,0.25]", "rise up to 1"), ("widths=[]", "rise up to 1"), ("widths=[0.5,1.5]", "rise up to 1"),
+        ("widths=[0.5,0.25]", "rise up to 1"), ("widths=[]", "rise up to 1"), ("mixes=3", "need joint=true"), ("widths=[0.5,1.5]", "rise up to 1"),
         ("probabilities=[1.0]", "one probability for each of the 4 widths"), ("widths=[0.5,1.0],probabilities=[-1.0,2.0]", "none negative"),
     ):  # fmt: skip
         with pytest.raises(SpecError, match=text):

@@ -58,6 +58,14 @@ def test_batches_go_through_the_data_in_random_order() -> None:
     assert all(torch.equal(b.inputs[0], b.target) for b in made)
 
 
+def test_noise_is_added_to_inner_fields_only() -> None:
+    data = simulate(1, nodes=9, frames=40, layered=True).steps()
+    plain, noisy = (batches(data, size=38, count=1, noise=n)[0] for n in (0.0, 0.1))
+    added = noisy.inputs[0] - plain.inputs[0]
+    assert torch.equal(noisy.target, plain.target) and not added[:, 2].any() and not added[..., 0].any() and not added[..., -1, :].any()
+    assert 0.09 < added[:, :2, 1:-1, 1:-1].std().item() < 0.11
+
+
 @pytest.mark.parametrize(("net", "channels", "converted"), [(StepNet(width=8), 2, 4), (UNet(widths=(8, 12, 16)), 1, 8)])
 def test_both_nets_become_one_way(net: torch.nn.Module, channels: int, converted: int) -> None:
     x = torch.randn(2, channels, 17, 17, generator=torch.Generator().manual_seed(0))
