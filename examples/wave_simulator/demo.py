@@ -35,9 +35,9 @@ class Settings:
 
     nodes: int = 33
     trajectories: tuple[int, int] = (100, 20)
-    steps: int = 400
+    steps: int = 800
     batch: int = 16
-    lr: float = 5e-3
+    lr: float = 1e-2
     noise: float = 0.05
     horizon: int = 25
     seed: int = 0
