@@ -215,7 +215,7 @@ def test_refusals(captured: Callable[[str], Program], tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", some_slow(["llama_eager", "bert", "resnet"], "bert"))
+@pytest.mark.parametrize("name", some_slow(["llama_eager", "bert", "resnet"], "llama_eager", "bert"))
 def test_torchs_own_decomposition_is_not_needed(captured: Callable[[str], Program], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from fxpress.codegen.onnx_target import skeleton
 
