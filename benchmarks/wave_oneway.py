@@ -28,11 +28,12 @@ from torch import Tensor, nn
 
 import fxpress
 from fxpress.examples.wave_simulator.data import Waves, batches, simulate
-from fxpress.examples.wave_simulator.demo import in_onnxruntime, mean_squared_error
+from fxpress.examples.wave_simulator.demo import trained, training_pass
 from fxpress.examples.wave_simulator.nets import Conv, StepNet, UNet, dense, relative_error, rollout_error
 from fxpress.ir.axes import analyze_axes
 from fxpress.passes.examples import Labelled
 from fxpress.runtime.latency import latency
+from fxpress.runtime.onnx_session import tensor_function
 
 RESULTS = Path(__file__).with_name("results")
 NODES, BATCH, HORIZON, FRAME = 33, 16, 25, 12
@@ -54,7 +55,7 @@ class Method:
 
     def net(self, task: str) -> nn.Module:
         """Untrained."""
-        return (StepNet(width=self.step, conv=self.conv) if task == "step" else UNet(widths=self.field, conv=self.conv)).eval()
+        return StepNet(width=self.step, conv=self.conv) if task == "step" else UNet(widths=self.field, conv=self.conv)
 
 
 def shared_terms(inputs: int, outputs: int) -> nn.Module:
@@ -93,25 +94,15 @@ def samples(task: str, data: Waves) -> tuple[Tensor, Tensor]:
     return data.steps() if task == "step" else data.fields(FRAME)
 
 
-def recipe(method: Method, steps: int, rate: float) -> list[str]:
-    """Passes before training, training, passes after."""
-    training = f"recover{{objective=task,steps={steps},lr={rate},held_out=0.02,evaluate_every={max(1, steps // 12)},patience=1000}}"
-    return [*method.before, training, *method.after]
-
-
 def optimized(method: Method, task: str, data: list[Labelled], seed: int, rate: float = RATES[0]) -> fxpress.Result:
     """From a fresh net to what runs."""
-    torch.manual_seed(seed)
-    shapes = {"x": {0: torch.export.Dim("batch", min=1, max=1024)}}
-    return fxpress.optimize(
-        method.net(task),
-        recipe(method, len(data), rate),
-        example_inputs=data[0].inputs,
-        dynamic_shapes=shapes,
-        training=data,
-        loss=mean_squared_error,
-        seed=seed,
-    )
+    return trained(partial(method.net, task), [*method.before, training_pass(len(data), rate, 12), *method.after], data, seed=seed)
+
+
+def one_sample(task: str, count: int) -> list[Labelled]:
+    """Batches for timing: the same sample over and over."""
+    x, y = samples(task, simulate(2, nodes=NODES, frames=FRAME + 1))
+    return [Labelled((x[:1].expand(BATCH, -1, -1, -1),), y[:1].expand(BATCH, -1, -1, -1))] * count
 
 
 def train(name: str, task: str, seed: int, steps: int, rate: float, training: Waves, test: Waves) -> dict[str, Any]:
@@ -130,15 +121,15 @@ def train(name: str, task: str, seed: int, steps: int, rate: float, training: Wa
 
 def costs(task: str) -> list[dict[str, Any]]:
     """Milliseconds in ONNX Runtime (one thread, alternating), CPU seconds of a training step (alternating), and peak memory of training in a fresh process."""
-    x, y = samples(task, simulate(2, nodes=NODES, frames=FRAME + 1))
-    data = [Labelled((x[:1].expand(BATCH, -1, -1, -1),), y[:1].expand(BATCH, -1, -1, -1))] * 10
+    data = one_sample(task, 10)
+    (x,) = data[0].inputs
     found: dict[str, dict[str, Any]] = {name: {"method": name, "step_seconds": []} for name in METHODS}
     with tempfile.TemporaryDirectory() as folder:
         runs = {}
         for name, method in METHODS.items():
             path = Path(folder) / f"{len(runs)}.onnx"
             optimized(method, task, data[:1], 0).export_onnx(path)
-            runs[name] = in_onnxruntime(path)
+            runs[name] = tensor_function(path, threads=1)
             found[name]["onnx_bytes"] = path.stat().st_size
         for count in (1, 32):
             timed = latency({n: partial(run, x[:1].expand(count, -1, -1, -1).contiguous()) for n, run in runs.items()}, rounds=200 if count == 1 else 30)
@@ -160,8 +151,7 @@ def costs(task: str) -> list[dict[str, Any]]:
 
 def peak_memory(name: str, task: str) -> float:
     """MiB that five training steps take above what the process held after the first."""
-    x, y = samples(task, simulate(2, nodes=NODES, frames=FRAME + 1))
-    data = [Labelled((x[:1].expand(BATCH, -1, -1, -1),), y[:1].expand(BATCH, -1, -1, -1))] * 5
+    data = one_sample(task, 5)
     optimized(METHODS[name], task, data[:1], 0)
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")

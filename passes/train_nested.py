@@ -23,9 +23,8 @@ class TrainNested(Pass, TrainingOptions):
     """Trains weights, biases and norms so that every share of the feed-forward units in `widths` is a good model; `slice` and `Elastic` take them out.
 
     One width is drawn a step with `probabilities` (those of MatFormer's table 6 that favour the full model), or with `joint` all of them are trained in
-    every step, their losses weighted by the probabilities, and one of `mixes` Mix'n'Match models
-    between neighbouring widths. The objective is `recover`'s: agreement with the original, or the task's loss
-    (`objective=task`, from scratch).
+    every step, their losses weighted by the probabilities, and one of `mixes` Mix'n'Match models between neighbouring widths. The objective is `recover`'s:
+    agreement with the original, or the task's loss (`objective=task`, from scratch).
     """
 
     guarantee: ClassVar[Guarantee] = Guarantee.TRAINED

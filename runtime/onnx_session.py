@@ -1,7 +1,8 @@
-"""Run an exported language model in ONNX Runtime as a plain function from token ids to logits."""
+"""Run exported models in ONNX Runtime as plain functions: language models from token ids to logits, others from one tensor to one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,13 @@ class OnnxLanguageModel:
         feeds = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         (logits,) = self.session.run(["logits"], {name: feeds[name].numpy() for name in self._inputs})
         return torch.from_numpy(logits)
+
+
+def tensor_function(path: str | Path, *, threads: int | None = None) -> Callable[[Tensor], Tensor]:
+    """A model with one input and one output as a function on CPU tensors."""
+    session = open_session(path, threads=threads)
+    (entry,) = session.get_inputs()
+    return lambda x: torch.from_numpy(session.run(None, {entry.name: x.numpy()})[0])
 
 
 def open_session(path: str | Path, *, threads: int | None = None, prepack: bool = True) -> Any:

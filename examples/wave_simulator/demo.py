@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,17 +12,18 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...ir.axes import analyze_axes
 from ...ir.files import atomic_file
+from ...passes.examples import Labelled
 from ...passes.progress import spinner
 from ...runtime.latency import Latency, latency
-from ...runtime.onnx_session import open_session
+from ...runtime.onnx_session import tensor_function
 from ...runtime.optimize import optimize
 from ...runtime.result import Result
 from .data import Waves, batches, simulate
-from .nets import Run, StepNet, relative_error, rollout, rollout_error
+from .nets import StepNet, relative_error, rollout, rollout_error
 from .pictures import draw_curves, draw_rollout
 
 BEFORE = {"dense": [], "one-way": ["oneway_conv{start=fresh,form=composed}"]}
@@ -45,8 +47,7 @@ class Settings:
     @property
     def training(self) -> str:
         """The training pass."""
-        often = max(1, self.steps // 20)
-        return f"recover{{objective=task,steps={self.steps},lr={self.lr},held_out=0.02,evaluate_every={often},patience=1000}}"
+        return training_pass(self.steps, self.lr, 20)
 
     def waves(self) -> tuple[Waves, Waves]:
         """Trajectories for training, and others for the test."""
@@ -87,24 +88,25 @@ def _trained(name: str, waves: Waves, settings: Settings, console: Console) -> R
     """One net from scratch, on the same batches as the others."""
     recipe = [*BEFORE[name], settings.training, *AFTER[name]]
     console.print(f"{name}: {' -> '.join(recipe)}", markup=False, soft_wrap=True)
-    torch.manual_seed(settings.seed)
     data = batches(waves.steps(), size=settings.batch, count=settings.steps, noise=settings.noise, seed=settings.seed)
+    return trained(StepNet, recipe, data, seed=settings.seed, progress=True)
+
+
+def trained(net: Callable[[], nn.Module], recipe: Sequence[str], data: Sequence[Labelled], *, seed: int, progress: bool = False) -> Result:
+    """A net made and put through a recipe that trains it, all at one seed."""
+    torch.manual_seed(seed)
     shapes = {"x": {0: torch.export.Dim("batch", min=1, max=1024)}}
-    net = StepNet().eval()
-    return optimize(
-        net, recipe, example_inputs=data[0].inputs, dynamic_shapes=shapes, training=data, loss=mean_squared_error, seed=settings.seed, progress=True
-    )
+    given: dict[str, Any] = {"example_inputs": data[0].inputs, "dynamic_shapes": shapes, "training": data}
+    return optimize(net().eval(), recipe, loss=mean_squared_error, seed=seed, progress=progress, **given)
 
 
-def in_onnxruntime(path: Path, threads: int = 1) -> Run:
-    """The exported net as a function on tensors."""
-    session = open_session(path, threads=threads)
-    (entry,) = session.get_inputs()
-    return lambda x: torch.from_numpy(session.run(None, {entry.name: x.numpy()})[0])
+def training_pass(steps: int, lr: float, evaluations: int) -> str:
+    """From scratch, on labels, to the last step."""
+    return f"recover{{objective=task,steps={steps},lr={lr},held_out=0.02,evaluate_every={max(1, steps // evaluations)},patience=1000}}"
 
 
 def _measured(results: dict[str, Result], files: dict[str, Path], training: Waves, test: Waves, settings: Settings) -> dict[str, dict[str, str]]:
-    runs = {name: in_onnxruntime(path) for name, path in files.items()}
+    runs = {name: tensor_function(path, threads=1) for name, path in files.items()}
     start, truth = test.u[:, :2], test.u[:, 2 : 2 + settings.horizon]
     speed: Latency = latency({name: partial(run, start[:1]) for name, run in runs.items()}, rounds=100)
     seen = tuple(part[: len(test.u) * 10] for part in training.steps())
@@ -125,7 +127,7 @@ def _measured(results: dict[str, Result], files: dict[str, Path], training: Wave
 
 def _draw(results: dict[str, Result], files: dict[str, Path], test: Waves, settings: Settings, out: Path) -> None:
     draw_curves({name: next(r.history for r in results[name].reports if r.history) for name in BEFORE}, out / "curves.png")
-    found = {name: rollout(in_onnxruntime(files[name]), test.u[:1, :2], settings.horizon)[0] for name in BEFORE}
+    found = {name: rollout(tensor_function(files[name], threads=1), test.u[:1, :2], settings.horizon)[0] for name in BEFORE}
     draw_rollout(test.u[0, 2 : 2 + settings.horizon], found, out / "rollout.png")
 
 
