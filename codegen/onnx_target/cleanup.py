@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .branches import split_group_sums
+
 if TYPE_CHECKING:
     import onnx_ir
 
@@ -23,6 +25,19 @@ def divide_by_roots(model: onnx_ir.Model) -> None:
             _replace(model, product, quotient)
 
 
+def drop_zero_biases(model: onnx_ir.Model) -> None:
+    """Take out the biases that torch.onnx gives convolutions without one: zeros expanded at run time, with which ONNX Runtime leaves its blocked layout."""
+    import onnx_ir as ir
+
+    for node in [n for n in model.graph if n.op_type in ("Conv", "ConvTranspose") and len(n.inputs) > 2]:
+        value = node.inputs[2]
+        while value is not None and (producer := value.producer()) is not None and producer.op_type in ("Expand", "CastLike"):
+            value = producer.inputs[0]
+        constant = None if value is None or value is node.inputs[2] else ir.convenience.get_const_tensor(value)
+        if constant is not None and not constant.numpy().any():
+            node.resize_inputs(2)
+
+
 def _replace(model: onnx_ir.Model, old: onnx_ir.Node, new: onnx_ir.Node) -> None:
     """Let `new` produce what `old` produced, under its name and type."""
     import onnx_ir as ir
@@ -39,6 +54,9 @@ def clean_up(model: onnx_ir.Model) -> None:
 
     common.InlinePass()(model)
     divide_by_roots(model)
+    drop_zero_biases(model)
+    common.RemoveUnusedNodesPass()(model)
+    split_group_sums(model)
     common.IdentityEliminationPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.OutputFixPass()(model)
