@@ -175,6 +175,7 @@ class Tracer(Algebra):
         self.unruled: list[tuple[fx.Node, str]] = []
         self.tensors: dict[str, tuple[Axis, ...]] = {}
         self._aliases: AliasClasses = alias_classes(program.graph_module)
+        self._caches = program.cache_nodes
 
     def of(self, node: Any) -> tuple[Axis, ...]:
         """Axes of a tensor argument; a Python number has none."""
@@ -233,10 +234,11 @@ class Tracer(Algebra):
         if node.op == "get_attr":
             return self._stored(node)
         if node.op == "placeholder":
-            return self.pinned(node, "an input of the model")
+            return self.fresh(node) if node in self._caches else self.pinned(node, "an input of the model")
         if node.op == "output":
             for source in node.all_input_nodes:
-                self._pin_result(self.axes[source], "an output of the model")
+                if self._caches.isdisjoint(source.all_input_nodes):  # a cache that has grown has the axes of the one that was given
+                    self._pin_result(self.axes[source], "an output of the model")
             return None
         return self._call(node)
 

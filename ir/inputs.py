@@ -14,29 +14,84 @@ from torch import Tensor, fx
 from .errors import CaptureError
 
 T = TypeVar("T")
+PLUS = " + "
 
 
 @dataclass(frozen=True)
 class DynamicAxis:
-    """One axis that may vary: its symbol's name and inclusive range (`high` None: unbounded)."""
+    """One axis that may vary: its symbol's name and inclusive range (`high` None: unbounded). The axis `new + past` is as long as those two together."""
 
     name: str
     low: int = 1
     high: int | None = None
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the axes whose sizes add up to this one's; its own name alone where it is free."""
+        return tuple(self.name.split(PLUS))
+
 
 @dataclass(frozen=True)
 class Inputs:
-    """Positional and keyword example inputs, and per flattened leaf the dynamic axes (`{axis: DynamicAxis}`)."""
+    """Positional and keyword example inputs, and per flattened leaf the dynamic axes (`{axis: DynamicAxis}`).
+
+    `caches`: keywords of inputs that earlier calls returned (keys and values of attention). A call may leave them out: then they are empty. Their fixed axes
+    follow the model when it is made smaller.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     dynamic: tuple[Mapping[int, DynamicAxis], ...] = ()
+    caches: tuple[str, ...] = ()
 
     @property
     def leaves(self) -> list[Any]:
         """Flattened example values, in placeholder order."""
         return pytree.tree_leaves((self.args, self.kwargs))
+
+    @property
+    def cache_leaves(self) -> tuple[int, ...]:
+        """Places of the caches' tensors among the leaves."""
+        keys = [None] * len(pytree.tree_leaves(self.args)) + [k for k, v in self.kwargs.items() for _ in pytree.tree_leaves(v)]
+        return tuple(i for i, key in enumerate(keys) if key in self.caches)
+
+    def completed(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The keywords of a call with the caches it leaves out, empty: axes that the call gives no size have none."""
+        missing = [k for k in self.caches if k not in kwargs]
+        if not missing:
+            return dict(kwargs)
+        given = {k: v for k, v in kwargs.items() if k in self.kwargs}
+        sizes = {d.name: v.shape[a] for k, v in given.items() for axes, v in self._axes(k, v) for a, d in axes.items() if isinstance(v, Tensor) and a < v.dim()}
+        device = next((v.device for v in pytree.tree_leaves(dict(kwargs)) if isinstance(v, Tensor)), None)
+        return dict(kwargs) | {k: self._empty(k, sizes, device) for k in missing}
+
+    @property
+    def start(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The example call as the first of a text: without caches, and with axes that count what these hold as long as what is new."""
+        if not self.caches:
+            return self.args, self.kwargs
+        axes = [(d.name, v.shape[a]) for k, value in self.kwargs.items() if k not in self.caches for held, v in self._axes(k, value) for a, d in held.items()]
+        sizes = {name: size for name, size in axes if PLUS not in name}
+        kwargs = {}
+        for key in (k for k in self.kwargs if k not in self.caches):
+            leaves, spec = pytree.tree_flatten(self.kwargs[key])
+            kwargs[key] = pytree.tree_unflatten([_last(v, held, sizes) for held, v in self._axes(key, leaves)], spec)
+        return self.args, kwargs
+
+    def _axes(self, key: str, value: Any) -> list[tuple[Mapping[int, DynamicAxis], Any]]:
+        """Dynamic axes and values of one keyword's leaves."""
+        leaves = pytree.tree_leaves(value)
+        first = len(pytree.tree_leaves(self.args))
+        for name, example in self.kwargs.items():
+            if name == key:
+                break
+            first += len(pytree.tree_leaves(example))
+        return list(zip(self.dynamic[first : first + len(leaves)] or ({},) * len(leaves), leaves, strict=False))
+
+    def _empty(self, key: str, sizes: Mapping[str, int], device: torch.device | None) -> Any:
+        leaves, spec = pytree.tree_flatten(self.kwargs[key])
+        shapes = [[sizes.get(axes[i].name, 0) if i in axes else s for i, s in enumerate(v.shape)] for axes, v in self._axes(key, self.kwargs[key])]
+        return pytree.tree_unflatten([v.new_empty(s, device=device) for v, s in zip(leaves, shapes, strict=True)], spec)
 
     def to(self, device: torch.device | str) -> Inputs:
         """The same examples on another device."""
@@ -51,6 +106,7 @@ class Inputs:
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """Flatten a call's inputs like the examples; a different structure is refused with `ValueError`."""
+        kwargs = self.completed(kwargs)
         if set(kwargs) != set(self.kwargs) or len(args) != len(self.args):
             raise ValueError(
                 f"inputs: expected {len(self.args)} positional and keywords {sorted(self.kwargs)}, got {len(args)} positional and keywords {sorted(kwargs)}"
@@ -83,7 +139,17 @@ class Inputs:
         return dict(inspect.signature(forward).bind(*args, **kwargs).arguments)
 
 
+def _last(value: Any, axes: Mapping[int, DynamicAxis], sizes: Mapping[str, int]) -> Any:
+    """The last positions of every axis that counts more than what is new."""
+    for axis, known in axes.items():
+        size = sum(sizes.get(part, 0) for part in known.parts)
+        value = value.narrow(axis, value.shape[axis] - size, size)
+    return value
+
+
 def _dim(dims: dict[str, Any], axis: DynamicAxis) -> Any:
+    if len(axis.parts) > 1:
+        return torch.export.Dim.AUTO  # the graph says how long it is
     if axis.name not in dims:
         dims[axis.name] = torch.export.Dim(axis.name, min=axis.low, max=axis.high)
     return dims[axis.name]
@@ -129,10 +195,12 @@ def _symbol(size: Any) -> Any:
 
 
 def _dynamic_axis(symbol: Any, ranges: Mapping[Any, Any], names: dict[Any, str]) -> DynamicAxis:
+    if symbol.is_Add and all(part.is_Symbol for part in symbol.args):
+        parts = sorted((_dynamic_axis(part, ranges, names) for part in symbol.args), key=lambda part: part.name)
+        highs = [part.high for part in parts if part.high is not None]
+        return DynamicAxis(PLUS.join(p.name for p in parts), sum(p.low for p in parts), sum(highs) if len(highs) == len(parts) else None)
     if not symbol.is_Symbol:
-        raise CaptureError(
-            f"a dynamic axis is bound to the expression {symbol}; only independent dynamic axes are supported: pass dynamic_shapes with plain Dims"
-        )
+        raise CaptureError(f"a dynamic axis is bound to the expression {symbol}; only independent dynamic axes and their sums are supported: pass plain Dims")
     bounds = ranges.get(symbol)
     low = max(1, int(bounds.lower)) if bounds is not None else 1
     high = int(bounds.upper) if bounds is not None and bounds.upper < 2**31 else None

@@ -54,6 +54,12 @@ class Program:
 
         return find_sites(self)
 
+    @property
+    def cache_nodes(self) -> frozenset[fx.Node]:
+        """Placeholders of the caches."""
+        placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
+        return frozenset(placeholders[i] for i in self.inputs.cache_leaves)
+
     def clone(self) -> Program:
         """An independent program that shares every tensor with this one."""
         with warnings.catch_warnings():
@@ -87,9 +93,9 @@ class Program:
         return moved
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph eagerly without gradients."""
+        """Run the graph eagerly without gradients; caches that are left out are empty."""
         with torch.no_grad():
-            return self.graph_module(*args, **kwargs)
+            return self.graph_module(*args, **(self.inputs.completed(kwargs) if self.inputs.caches else kwargs))
 
     __call__ = run
 

@@ -7,9 +7,11 @@ Here every constant that follows a class is rewritten, shapes are propagated ane
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from .atoms import Axis, leaves, size_of
@@ -58,7 +60,10 @@ def _saved(program: Program) -> Callable[[], None]:
     nodes = [(n, n.target, n.args, n.kwargs, dict(n.meta)) for n in program.graph.nodes]
     tensors = [(m, dict(m._parameters), dict(m._buffers)) for m in program.graph_module.modules()]
 
+    inputs = program.inputs
+
     def restore() -> None:
+        program.inputs = inputs
         for node, target, args, kwargs, meta in nodes:
             node.target, node.args, node.kwargs, node.meta = target, args, kwargs, meta
         for module, parameters, buffers in tensors:
@@ -81,6 +86,7 @@ def _carry_out(editor: Editor, analysis: AxisAnalysis, choice: Choice, views: bo
     packed = set(changed_nodes(analysis, choice))
     for site in [s for s in editor.program.sites() if s.node in packed]:
         _cut_packed(editor, site, analysis.packed[site.node], choice, views)
+    _resize_caches(editor.program, analysis, choice)
     _rewrite_splits(analysis, choice)
     for constant in analysis.constants:
         _rewrite(constant, choice)
@@ -91,6 +97,22 @@ def _carry_out(editor: Editor, analysis: AxisAnalysis, choice: Choice, views: bo
         relax_views(editor.program.graph)
     propagate(editor.program, {node for node, call in _calls(editor.program).items() if call != before[node]})
     _check_shapes(analysis, choice)
+
+
+def _resize_caches(program: Program, analysis: AxisAnalysis, choice: Choice) -> None:
+    """The examples of the caches get the sizes that the model gives them from now on."""
+    leaves, spec = pytree.tree_flatten((program.inputs.args, program.inputs.kwargs))
+    places = [n for n in program.graph.nodes if n.op == "placeholder"]
+    for i in program.inputs.cache_leaves:
+        for dim, axis in enumerate(analysis.axes[places[i]]):
+            leaves[i] = leaves[i].index_select(dim, kept_positions(axis, choice).to(leaves[i].device))
+        value = places[i].meta["val"]
+        with value.fake_mode:
+            places[i].meta["val"] = value.new_empty(
+                [old if isinstance(old, torch.SymInt) else new for old, new in zip(value.shape, leaves[i].shape, strict=True)]
+            )
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    program.inputs = replace(program.inputs, args=args, kwargs=kwargs)
 
 
 def _calls(program: Program) -> dict[fx.Node, tuple[Any, ...]]:

@@ -46,7 +46,7 @@ def as_call(where: str, batch: Any, inputs: Inputs, kind: type[FxpressError]) ->
     """One batch as a call; what does not fit is an error of this `kind` that says `where`."""
     try:
         args, kwargs = as_inputs(batch)
-        kwargs = {k: v for k, v in inputs.kwargs.items() if not isinstance(v, Tensor)} | kwargs
+        kwargs = {k: v for k, v in inputs.kwargs.items() if not isinstance(v, Tensor) and k not in inputs.caches} | kwargs
         leaves = inputs.flatten(args, kwargs)
     except (ValueError, CaptureError) as error:
         raise kind(f"{where}: {error}") from error

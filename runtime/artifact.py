@@ -158,7 +158,7 @@ def _inputs_to_json(inputs: Inputs) -> tuple[dict[str, Any], dict[str, Tensor]]:
     stored, layout = pack_tensors({f"input_{i}": v for i, v in enumerate(leaves) if isinstance(v, Tensor)})
     described = [{"tensor": layout[f"input_{i}"]} if isinstance(v, Tensor) else {"value": encode(v, f"input {i}")} for i, v in enumerate(leaves)]
     axes = [[[axis, d.name, d.low, d.high] for axis, d in per_leaf.items()] for per_leaf in inputs.dynamic]
-    return {"structure": spec_to_json(spec, "example inputs"), "leaves": described, "dynamic": axes}, stored
+    return {"structure": spec_to_json(spec, "example inputs"), "leaves": described, "dynamic": axes, "caches": list(inputs.caches)}, stored
 
 
 def _inputs_from_json(data: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Inputs:
@@ -168,7 +168,7 @@ def _inputs_from_json(data: Mapping[str, Any], stored: Mapping[str, Tensor]) -> 
     leaves = [tensors[str(i)] if "tensor" in leaf else decode(leaf["value"], {}, f"input {i}") for i, leaf in enumerate(data["leaves"])]
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     dynamic = tuple({int(axis): DynamicAxis(name, low, high) for axis, name, low, high in per_leaf} for per_leaf in data["dynamic"])
-    return Inputs(tuple(args), dict(kwargs), dynamic)
+    return Inputs(tuple(args), dict(kwargs), dynamic, tuple(data.get("caches", ())))
 
 
 def _recipe(manifest: Manifest) -> tuple[Recipe, tuple[str, ...]]:

@@ -19,6 +19,7 @@ from ..ir.program import Program
 from ..ir.sites import SiteKind, WeightSite
 from ..ir.weights import storage_key
 from ..passes.calibrate import as_calls
+from ..passes.context import Call
 from .language import LogitComparison, Perplexity, compare_logits, greedy_sample, logits_of, perplexity
 from .latency import Latency, Spread, Timing, latency
 from .measurement import Measurement
@@ -113,16 +114,36 @@ class Parity(Measurement):
 
 
 def parity(reference: Program, candidate: Program, batches: Iterable[object] | None = None) -> Parity:
-    """Compare outputs on `batches` (each like the reference's example inputs; none: the examples themselves)."""
-    calls = as_calls(batches, reference.inputs) if batches is not None else [(reference.inputs.args, reference.inputs.kwargs)]
+    """Compare outputs on `batches` (each like the reference's example inputs; none: the examples themselves, caches left out).
+
+    Caches that the candidate returns narrower are not compared.
+    """
+    calls = as_calls(batches, reference.inputs) if batches is not None else [reference.inputs.start]
     absolute = relative = 0.0
     elements = 0
     for call in calls:
-        for a, b in _output_pairs(reference.run_inputs(call), candidate.run_inputs(call)):
+        for a, b in _output_pairs(*_returned(reference, candidate, call)):
             error, scale = _distance(a, b)
             absolute, elements = max(absolute, error), elements + a.numel()
             relative = max(relative, error / scale if scale else (0.0 if error == 0 else math.inf))
     return Parity(max_abs_error=absolute, max_rel_error=relative, elements=elements)
+
+
+def _returned(reference: Program, candidate: Program, call: Call) -> tuple[object, object]:
+    """What both return, without caches where these differ in width."""
+    found = reference.run_inputs(call), candidate.run_inputs(call)
+    if not reference.inputs.caches or [v.shape for v in _caches(reference)] == [v.shape for v in _caches(candidate)]:
+        return found
+    return _without_caches(reference, found[0]), _without_caches(candidate, found[1])
+
+
+def _without_caches(program: Program, found: object) -> list[object]:
+    nodes = pytree.arg_tree_leaves(program.graph.output_node().args[0])
+    return [v for v, node in zip(pytree.tree_leaves(found), nodes, strict=True) if program.cache_nodes.isdisjoint(node.all_input_nodes)]
+
+
+def _caches(program: Program) -> list[Tensor]:
+    return [program.inputs.leaves[i] for i in program.inputs.cache_leaves]
 
 
 def _output_pairs(reference: object, candidate: object) -> list[tuple[Tensor, Tensor]]:

@@ -103,7 +103,7 @@ def _other_sizes(program: Program) -> Iterator[list[Any]]:
         legal = True
         for i, axes in enumerate(program.inputs.dynamic):
             for axis, known in axes.items():
-                size = leaves[i].shape[axis] + step
+                size = leaves[i].shape[axis] + step * len(known.parts)
                 legal &= known.low <= size <= (known.high or size)
                 leaves[i] = leaves[i].index_select(axis, torch.arange(max(size, 1)) % leaves[i].shape[axis])
         if legal:
