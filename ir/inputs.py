@@ -65,18 +65,27 @@ class Inputs:
         device = next((v.device for v in pytree.tree_leaves(dict(kwargs)) if isinstance(v, Tensor)), None)
         return dict(kwargs) | {k: self._empty(k, sizes, device) for k in missing}
 
+    def sized(self, sizes: Mapping[str, int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The example call with dynamic axes of other sizes, by name: values are repeated or left out at the end."""
+        leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
+        known = {d.name: leaf.shape[a] for leaf, axes in zip(leaves, self.dynamic, strict=False) for a, d in axes.items()} | dict(sizes)
+        for i, axes in enumerate(self.dynamic):
+            for axis, one in axes.items():
+                places = torch.arange(sum(known[part] for part in one.parts)) % max(1, leaves[i].shape[axis])
+                leaves[i] = leaves[i].index_select(axis, places.to(leaves[i].device))
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        return args, kwargs
+
     @property
     def start(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The example call as the first of a text: without caches, and with axes that count what these hold as long as what is new."""
+        """The example call as the first of a text: without caches."""
         if not self.caches:
             return self.args, self.kwargs
-        axes = [(d.name, v.shape[a]) for k, value in self.kwargs.items() if k not in self.caches for held, v in self._axes(k, value) for a, d in held.items()]
-        sizes = {name: size for name, size in axes if PLUS not in name}
-        kwargs = {}
-        for key in (k for k in self.kwargs if k not in self.caches):
-            leaves, spec = pytree.tree_flatten(self.kwargs[key])
-            kwargs[key] = pytree.tree_unflatten([_last(v, held, sizes) for held, v in self._axes(key, leaves)], spec)
-        return self.args, kwargs
+        places = set(self.cache_leaves)
+        held = {d.name for i in places for d in self.dynamic[i].values()}
+        own = {d.name for i, axes in enumerate(self.dynamic) if i not in places for d in axes.values()}
+        args, kwargs = self.sized(dict.fromkeys(held - own, 0))
+        return args, {k: v for k, v in kwargs.items() if k not in self.caches}
 
     def _axes(self, key: str, value: Any) -> list[tuple[Mapping[int, DynamicAxis], Any]]:
         """Dynamic axes and values of one keyword's leaves."""
@@ -137,14 +146,6 @@ class Inputs:
         spec = pytree.tree_structure((self.args, self.kwargs))
         args, kwargs = pytree.tree_unflatten(per_leaf, spec)
         return dict(inspect.signature(forward).bind(*args, **kwargs).arguments)
-
-
-def _last(value: Any, axes: Mapping[int, DynamicAxis], sizes: Mapping[str, int]) -> Any:
-    """The last positions of every axis that counts more than what is new."""
-    for axis, known in axes.items():
-        size = sum(sizes.get(part, 0) for part in known.parts)
-        value = value.narrow(axis, value.shape[axis] - size, size)
-    return value
 
 
 def _dim(dims: dict[str, Any], axis: DynamicAxis) -> Any:

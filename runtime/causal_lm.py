@@ -8,13 +8,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export import Dim
 
 from ..ir.capture import capture
-from ..ir.errors import CaptureError, MissingExtraError
+from ..ir.edit import Editor
+from ..ir.errors import CaptureError, LowerError, MissingExtraError
 from ..ir.inputs import DynamicAxis
 from ..ir.program import Program
+from ..ir.shapes import call_fake, propagate
 
 CACHE = "past_key_values"
 MOST_ROWS = 1024  # of a batch
@@ -45,6 +48,28 @@ def capture_causal_lm(model: nn.Module, *, longest: int | None = None) -> Progra
     axes = tuple({i: _from_nothing(axis) for i, axis in per_leaf.items()} for per_leaf in program.inputs.dynamic)
     program.inputs = replace(program.inputs, dynamic=axes, caches=(CACHE,))
     return program
+
+
+def last_logits(program: Program) -> Program:
+    """A clone that returns `logits: [B, 1, V]` of the last new token alone: what writing a text needs, without the head's work for the rest of a prompt.
+
+    Raises `LowerError` where the logits come from anything but a weight and operators that keep its axes.
+    """
+    clone = program.clone()
+    sites = {s.node: s for s in clone.sites()}
+    node = pytree.arg_tree_leaves(clone.graph.output_node().args[0])[0]
+    while node not in sites and node.op == "call_function" and node.all_input_nodes and node.meta["val"].dim() == 3:
+        node = node.all_input_nodes[0]
+    if node not in sites or sites[node].data.meta["val"].dim() != 3:
+        raise LowerError(f"last_logits: the logits come from {node.name}, expected a weight that is multiplied by [B, S, D]; serve with all_logits=True")
+    with Editor(clone, "last_logits"):
+        data = sites[node].data
+        with clone.graph.inserting_before(node):
+            last = clone.graph.call_function(torch.ops.aten.slice.Tensor, (data, 1, -1, 2**63 - 1))
+        last.meta["val"] = call_fake(last)
+        node.replace_input_with(data, last)
+    propagate(clone)
+    return clone
 
 
 def _from_nothing(axis: DynamicAxis) -> DynamicAxis:

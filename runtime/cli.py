@@ -1,4 +1,4 @@
-"""The command line: `fxpress demo | optimize | diff | show | passes | bench | doctor`."""
+"""The command line: `fxpress demo | optimize | generate | diff | show | passes | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -70,6 +70,7 @@ def optimize(
     windows: Annotated[int, typer.Option(help="calibration windows")] = 16,
     length: Annotated[int, typer.Option(help="tokens per calibration window")] = 512,
     onnx: Annotated[bool, typer.Option(help="also write a checked model.onnx")] = True,
+    serve: Annotated[bool, typer.Option(help="a causal language model: capture it with its cache and write serving/ for `fxpress generate` instead")] = False,
     seed: Annotated[int, typer.Option(help="seed")] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="folder to resume from after a kill")] = None,
     target: Annotated[str | None, typer.Option(help="also lower to this target and say what every site became: reference, onnx or triton")] = None,
@@ -88,8 +89,30 @@ def optimize(
         OptimizeRequest(
             model=model, out=out, passes=recipe if recipe is not None else list(passes or []), calibration=calibration, windows=windows, length=length,
             onnx=onnx, seed=seed, checkpoint=checkpoint, dry_run=dry_run, target=target, device=device, dtype=dtype.value if dtype else None,
+            serve=serve,
         )
     )  # fmt: skip
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="a folder that Result.save_serving wrote")],
+    prompt: Annotated[str, typer.Option(help="text to continue")],
+    tokens: Annotated[int, typer.Option(help="most tokens to write")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely token")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="draw from so many of the most likely tokens; 0: from all")] = 0,
+    top_p: Annotated[float, typer.Option(help="draw from the most likely tokens that make this much of the probability")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="end before this text; repeatable")] = None,
+    seed: Annotated[int, typer.Option(help="seed of the draws")] = 0,
+    longest: Annotated[int | None, typer.Option(help="tokens to make room for; the model's context if left out")] = None,
+    threads: Annotated[int | None, typer.Option(help="threads of ONNX Runtime")] = None,
+) -> None:
+    """Continue a text with a served model in ONNX Runtime, token by token."""
+    from .commands import GenerateRequest, run_generate
+    from .generation import Sampling
+
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    run_generate(GenerateRequest(folder, prompt, tokens, sampling, tuple(stop or ()), longest, threads))
 
 
 @app.command()

@@ -17,8 +17,34 @@ from ..ir.errors import SpecError
 from ..ir.program import Program
 from ..ir.structure import find_structure
 from ..passes.base import Pass, SitePass, pass_class, pass_names
+from .causal_lm import capture_causal_lm
+from .generation import Sampling
 from .optimize import optimize
-from .sources import load_source
+from .sources import Source, load_source
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """Arguments of `fxpress generate`."""
+
+    folder: Path
+    prompt: str
+    tokens: int
+    sampling: Sampling
+    stops: tuple[str, ...]
+    longest: int | None
+    threads: int | None
+
+
+def run_generate(request: GenerateRequest) -> None:
+    """Load the folder and write the continuation as it comes."""
+    from .serving import Served
+
+    served = Served(request.folder, longest=request.longest, threads=request.threads)
+    for piece in served.stream(request.prompt, most=request.tokens, sampling=request.sampling, stops=request.stops):
+        typer.echo(piece, nl=False)
+        sys.stdout.flush()
+    typer.echo()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +64,17 @@ class OptimizeRequest:
     target: str | None = None
     device: str | None = None
     dtype: str | None = None
+    serve: bool = False
+
+
+def _tokenizer(source: Source) -> Any:
+    if source.tokenizer is None:
+        raise SpecError("--serve: this source has no tokenizer; give a Hugging Face folder with one")
+    return source.tokenizer
 
 
 def run_optimize(request: OptimizeRequest) -> None:
-    """Load, optimize, write `artifact/`, `model.onnx`, `diff.html` and `summary.txt`."""
+    """Load, optimize, write `artifact/`, `model.onnx` (or `serving/`), `diff.html` and `summary.txt`."""
     source = load_source(request.model)
     if request.dtype is not None:
         source = source.cast(getattr(torch, request.dtype))
@@ -49,14 +82,16 @@ def run_optimize(request: OptimizeRequest) -> None:
     if request.calibration is not None:
         calibration = source.text_batches(request.calibration, windows=request.windows, length=request.length)
     options: dict[str, Any] = {"calibration": calibration, "seed": request.seed}
-    program = source.capture()
+    program = capture_causal_lm(source.model) if request.serve else source.capture()
     if request.dry_run:
         typer.echo(optimize(program, request.passes, dry_run=True, **options))
         return
     result = optimize(program, request.passes, progress=True, checkpoint_dir=request.checkpoint, **options)
     result.save(request.out / "artifact")
     text = result.summary()
-    if request.onnx:
+    if request.serve:
+        text += str(result.save_serving(request.out / "serving", source.model, _tokenizer(source), progress=True)) + "\n"
+    elif request.onnx:
         text += str(result.export_onnx(request.out / "model.onnx", progress=True)) + "\n"
     if request.target is not None:
         report = result.lower_with_report(request.target, device=request.device).report

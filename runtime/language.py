@@ -110,6 +110,9 @@ def _checked(model: Logits, ids: Tensor) -> Tensor:
 
 
 def _run_program(program: Program, ids: Tensor) -> Any:
+    if program.inputs.caches:
+        given = {k: v for k, v in program.inputs.kwargs.items() if k not in program.inputs.caches}
+        return program.run(**{k: ids if k == "input_ids" else _fill(k, ids, v) for k, v in given.items()})
     names = [str(n.target) for n in program.graph.nodes if n.op == "placeholder"]
     leaves = program.inputs.leaves
     tensors = [n for n, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)]

@@ -73,11 +73,21 @@ class Result:
 
         return attach(model, self._original("attach"), self.program, keep_decoded=keep_decoded)
 
-    def export_onnx(self, path: str | Path, *, opset: int | None = None, external_data: bool | None = None, progress: bool = False) -> OnnxReport:
+    def export_onnx(
+        self, path: str | Path, *, opset: int | None = None, external_data: bool | None = None, portable: bool = False, progress: bool = False
+    ) -> OnnxReport:
         """Write a checked ONNX file with real low-bit weights; see `docs/onnx.md`."""
         from ..codegen.onnx_target import export_onnx
 
-        return export_onnx(self.program, path, opset=opset, external_data=external_data, progress=progress)
+        return export_onnx(self.program, path, opset=opset, external_data=external_data, portable=portable, progress=progress)
+
+    def save_serving(
+        self, folder: str | Path, model: nn.Module, tokenizer: Any, *, portable: bool = False, all_logits: bool = False, progress: bool = False
+    ) -> OnnxReport:
+        """Write a folder that `fxpress generate` and onnxruntime-genai load: a model captured by `capture_causal_lm`, its tokenizer and configs."""
+        from .serving import save_serving
+
+        return save_serving(self.program, model, tokenizer, folder, portable=portable, all_logits=all_logits, progress=progress)
 
     def lower(self, target: str, *, device: str | None = None) -> Any:
         """What a target makes of the program: `reference` a `Program` of plain operators, `onnx` an ONNX model in memory, `triton` a `Program` of kernels.

@@ -21,6 +21,7 @@ from .signature import input_names, output_names
 
 Array = np.ndarray[Any, Any]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+CACHED = ({"new": 4, "past": 0}, {"new": 1, "past": 3}, {"batch": 1, "new": 4, "past": 3})
 _ADVICE = "when an operator has no kernel for its type, capture model.float(); else try another opset="
 
 
@@ -78,8 +79,12 @@ def check_file(path: Path, program: Program, *, bounds: Mapping[Mode, float]) ->
 def _calls(program: Program) -> tuple[list[tuple[dict[str, int], dict[str, Array], dict[str, Array]]], list[str]]:
     """(axis sizes, fed arrays, expected arrays) for the example inputs, and for one other legal size when axes are dynamic.
 
+    With caches: a first call, the next token after it, and several tokens for a batch of one (ONNX Runtime takes no more rows there).
+
     The compressed program is run as it is: its operators decode one weight at a time, which is the reference's meaning without its memory.
     """
+    if program.inputs.caches:
+        return [_call(program, pytree.tree_leaves(program.inputs.sized(sizes))) for sizes in CACHED], []
     examples = (program.inputs.args, program.inputs.kwargs)
     calls = [(_sizes(program, program.inputs.leaves), _feed(program, program.inputs.leaves), _expected(program, program.run_examples()))]
     if not any(program.inputs.dynamic):
@@ -94,6 +99,11 @@ def _calls(program: Program) -> tuple[list[tuple[dict[str, int], dict[str, Array
             continue
         return [*calls, (sizes, _feed(program, leaves), _expected(program, result))], []
     return calls, [f"checked at the example sizes only; the program itself fails at others ({'; '.join(failures) or 'no other size is legal'})"]
+
+
+def _call(program: Program, leaves: list[Any]) -> tuple[dict[str, int], dict[str, Array], dict[str, Array]]:
+    call = pytree.tree_unflatten(leaves, pytree.tree_structure((program.inputs.args, program.inputs.kwargs)))
+    return _sizes(program, leaves), _feed(program, leaves), _expected(program, program.run_inputs(call))
 
 
 def _other_sizes(program: Program) -> Iterator[list[Any]]:

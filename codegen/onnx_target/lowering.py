@@ -14,6 +14,7 @@ from ...ir.program import Program
 from ...ir.sites import WeightSite
 from ..reference import decode_sites
 from ..target import Lowered, LoweringReport, No, SiteLowering, Support, Target, fast_path
+from .cached_attention import CACHE_PROPERTY, IN_PLACE, with_cached_attention
 from .cleanup import clean_up, initializer_bytes
 from .extras import require
 from .masks import mask_notes, without_masks
@@ -27,10 +28,13 @@ if TYPE_CHECKING:
 
 
 class Onnx(Target["onnx_ir.Model"]):
-    """ONNX at `opset` (None: the lowest that holds the weights, 21, or 25 for 2-bit linears)."""
+    """ONNX at `opset` (None: the lowest that holds the weights, 21, or 25 for 2-bit linears).
 
-    def __init__(self, *, opset: int | None = None) -> None:
-        self.opset = opset
+    Attention over caches becomes ONNX Runtime's own operator, or standard ones if `portable`.
+    """
+
+    def __init__(self, *, opset: int | None = None, portable: bool = False) -> None:
+        self.opset, self.portable = opset, portable
 
     def supports(self, site: WeightSite) -> Support:
         """What the format's fast path says; a format without one is decoded."""
@@ -47,14 +51,21 @@ class Onnx(Target["onnx_ir.Model"]):
         program = without_masks(program)
         refused = {s.name: r.reason for s in program.sites() if s.compressed and isinstance(r := self.supports(s), No)}
         decoded = _decoded(program, set(refused)) if refused else program
-        opset = self._opset(decoded)
+        in_place = False
+        opset, notes = self._opset(decoded), mask_notes(formats.values())
+        if program.inputs.caches and not self.portable:
+            decoded, left = with_cached_attention(decoded)
+            notes += left
+            in_place = not left
         model = export_skeleton(decoded, opset)
         rows = _fill(model, decoded, opset) | _dense_rows(decoded, formats, refused)
         clean_up(model)
         apply_signature(decoded, model)
+        if in_place:
+            model.metadata_props[CACHE_PROPERTY] = IN_PLACE
         model.ir_version = helper.find_min_ir_version_for([helper.make_opsetid("", opset)])
         sites = tuple(replace(rows[n], format=formats[n]) for n in formats)
-        return Lowered(model, LoweringReport(target=self.name, sites=sites, nbytes=initializer_bytes(model), notes=mask_notes(formats.values())))
+        return Lowered(model, LoweringReport(target=self.name, sites=sites, nbytes=initializer_bytes(model), notes=notes))
 
     def _opset(self, program: Program) -> int:
         if self.opset is not None and self.opset < LOWEST_OPSET:

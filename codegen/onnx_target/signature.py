@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 
 def input_names(program: Program) -> list[tuple[int, str]]:
-    """(leaf index, name) of every tensor input: the keyword it is passed by, else the placeholder's name."""
+    """(leaf index, name) of every tensor input: the keyword it is passed by, else the placeholder's name; caches by their path (`past_key_values.0.key`)."""
     placeholders = [str(n.target) for n in program.graph.nodes if n.op == "placeholder"]
     first = len(pytree.tree_leaves(program.inputs.args))
     keys: dict[int, str] = {}
     for key, value in program.inputs.kwargs.items():
         count = len(pytree.tree_leaves(value))
+        if key in program.inputs.caches:
+            keys |= {first + i: ".".join((key, *path)) for i, path in enumerate(_paths(pytree.tree_structure(value)))}
         keys |= {first: key} if count == 1 else {}
         first += count
     leaves = program.inputs.leaves
@@ -32,7 +34,8 @@ def output_names(program: Program) -> list[tuple[int, str]]:
     """(leaf index, name) of every tensor output, named by its pytree keys: `logits`, `hidden_states_0`; `output` for a lone tensor."""
     leaves = next(n for n in program.graph.nodes if n.op == "output").args[0]
     spec = program.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
-    paths = ["_".join(p) or "output" for p in _paths(spec)] if spec is not None else ["output"]
+    dot = "." if program.inputs.caches else "_"
+    paths = [dot.join(p) or "output" for p in _paths(spec)] if spec is not None else ["output"]
     flat = list(leaves) if isinstance(leaves, (tuple, list)) else [leaves]
     taken = {name for _, name in input_names(program)}
     named = [(i, f"output_{p}" if p[0].isdigit() else p) for i, (leaf, p) in enumerate(zip(flat, paths, strict=True)) if isinstance(leaf, fx.Node)]

@@ -117,19 +117,20 @@ def test_a_compressed_model_is_captured_with_its_payloads() -> None:
     torch.testing.assert_close(in_parts(again.run, call, 4), own_logits(result.attach(model), call), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("portable", [False, True])
 @pytest.mark.parametrize("name", some_slow(FAMILIES, "opt", "gpt2"))
-def test_onnx_files_run_from_the_first_token_on(name: str, tmp_path: Path) -> None:
+def test_onnx_files_run_from_the_first_token_on(name: str, portable: bool, tmp_path: Path) -> None:
     program = captured(name)
-    report = fxpress.optimize(program, []).export_onnx(tmp_path / "model.onnx")
+    report = fxpress.optimize(program, []).export_onnx(tmp_path / "model.onnx", portable=portable)
     assert report.max_error < 1e-5
     session = open_session(tmp_path / "model.onnx")
     names = [o.name for o in session.get_outputs()]
 
     def run(**call: Any) -> dict[str, Any]:
         past = call.pop(CACHE, None) or program.inputs.completed(call)[CACHE]
-        feeds = {k: v.numpy() for k, v in call.items()} | {f"{CACHE}_{i}_{k}": t.numpy() for i, layer in enumerate(past) for k, t in layer.items()}
+        feeds = {k: v.numpy() for k, v in call.items()} | {f"{CACHE}.{i}.{k}": t.numpy() for i, layer in enumerate(past) for k, t in layer.items()}
         found = dict(zip(names, map(torch.from_numpy, session.run(None, feeds)), strict=True))
-        return {"logits": found["logits"], "present": [{k: found[f"present_{i}_{k}"] for k in ("key", "value")} for i in range(len(past))]}
+        return {"logits": found["logits"], "present": [{k: found[f"present.{i}.{k}"] for k in ("key", "value")} for i in range(len(past))]}
 
     call = batch(3, 8, padding=2)
     torch.testing.assert_close(real(call, in_parts(run, call, 5, 6, 7)), real(call, own_logits(tiny(name).model, call)), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,230 @@
+"""Attention over a cache as one operator: rotary turn, growth of the cache, grouped heads and softmax, as serving runtimes have it.
+
+`fxpress::cached_attention` takes projections as the linears make them. `fuse_cached_attentions` finds `scaled_dot_product_attention` over caches of the
+program, whatever the model's own code between projections and product looks like, and puts the operator in its place.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from .edit import Editor
+from .finders.flow import short_name
+from .nodes import argument, get_tensor
+from .shapes import call_fake, ensure_values
+
+aten = torch.ops.aten
+LONGEST = 4096  # positions of rotary tables, where the program names no limit
+_CARRIES = {"aten.view", "aten.reshape", "aten._unsafe_view", "aten.clone", "aten.contiguous", "aten.alias"}
+_REPEATS = _CARRIES | {"aten.expand", "aten.unsqueeze"}
+
+
+@torch.library.custom_op("fxpress::cached_attention", mutates_args=())
+def cached_attention(
+    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, mask: Tensor, cos: Tensor | None, sin: Tensor | None,
+    heads: int, groups: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """New tokens attend to those before them and to each other.
+
+    `query: [B, S, heads D]`, `key`, `value: [B, S, groups D]`, past ones `[B, groups, P, D]`, `mask: [B, 1, S, P + S] bool`. `cos`, `sin: [M, D/2]`, by
+    position: turn query and key (halves of D, as in GPT-NeoX) by the positions P to P + S. Returns `[B, S, heads D]` and both caches `[B, groups, P + S, D]`.
+    """
+    q, k, v = (t.unflatten(2, (count, -1)).transpose(1, 2) for t, count in ((query, heads), (key, groups), (value, groups)))
+    if cos is not None and sin is not None:
+        past, new = past_key.shape[2], query.shape[1]
+        q, k = (_turned(t, cos[past : past + new], sin[past : past + new]) for t in (q, k))
+    k, v = torch.cat([past_key, k], 2), torch.cat([past_value, v], 2)
+    wide_k, wide_v = (t.repeat_interleave(heads // groups, 1) for t in (k, v))
+    found = F.scaled_dot_product_attention(q, wide_k, wide_v, mask, scale=scale)
+    return found.transpose(1, 2).flatten(2), k, v
+
+
+@cached_attention.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, mask: Tensor, cos: Tensor | None, sin: Tensor | None,
+    heads: int, groups: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, held, past, width = past_key.shape
+    grown = [batch, held, past + query.shape[1], width]
+    return torch.empty_like(query), key.new_empty(grown), value.new_empty(grown)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x.chunk(2, -1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One attention over a cache: its operands as the operator takes them, and what it replaces."""
+
+    attention: fx.Node
+    keys: fx.Node
+    values: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    tables: tuple[fx.Node, fx.Node] | None
+
+
+def fuse_cached_attentions(editor: Editor, *, rotary_multiple: int = 2) -> dict[str, str]:
+    """Put the operator where it fits; returns, for every other attention, its node's name and the reason.
+
+    It turns by itself only heads whose width is a multiple of `rotary_multiple`; others come turned.
+    """
+    program = editor.program
+    ensure_values(program)
+    left, tables = {}, _Tables(editor)
+    for node in [n for n in program.graph.nodes if short_name(n) == "aten.scaled_dot_product_attention"]:
+        found = _find(node, program.cache_nodes, rotary_multiple)
+        if isinstance(found, str):
+            left[node.name] = found
+        else:
+            _replace(editor, found, tables)
+    return left
+
+
+def _find(node: fx.Node, caches: frozenset[fx.Node], rotary_multiple: int) -> _Found | str:
+    query, key, value = (_node(argument(node, a)) for a in ("query", "key", "value"))
+    keys, values = _source(key, _REPEATS), _source(value, _REPEATS)
+    mask = argument(node, "attn_mask")
+    parts: list[Any] = [n.args[0] if short_name(n) == "aten.cat" else () for n in (keys, values)]
+    if any(len(p) != 2 or p[0] not in caches for p in parts):
+        return "its keys and values are no grown cache of the program"
+    if not isinstance(mask, fx.Node) or mask.meta["val"].dtype is not torch.bool or mask.meta["val"].dim() != 4:
+        return "it has no boolean mask of four axes"
+    widths = {int(n.meta["val"].shape[-1]) for n in (query, keys, values)}
+    if len(widths) > 1 or argument(node, "dropout_p") or argument(node, "is_causal"):
+        return f"its heads are of widths {sorted(widths)}" if len(widths) > 1 else "it drops or masks by itself"
+    new_key, new_value = (_node(p[1]) for p in parts)
+    turns = [_rotated(query), _rotated(new_key)]
+    if turns[0] and turns[1] and turns[0][1:] == turns[1][1:] and widths.pop() % rotary_multiple == 0:
+        return _Found(node, keys, values, turns[0][0], turns[1][0], new_value, turns[0][1:])
+    return _Found(node, keys, values, query, new_key, new_value, None)
+
+
+def _rotated(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """`x, cos, sin` of `x cos + [-x_high, x_low] sin`."""
+    products = [_node(a) for a in node.args] if short_name(node) == "aten.add" and len(node.args) == 2 else []
+    if len(products) != 2 or any(short_name(p) != "aten.mul" for p in products):
+        return None
+    (x, cos), (swapped, sin) = (tuple(map(_node, p.args)) for p in products)
+    halves: Any = swapped.args[0] if short_name(swapped) == "aten.cat" else ()
+    if len(halves) != 2 or short_name(halves[0]) != "aten.neg":
+        return None
+    high, low = halves[0].args[0], halves[1]
+    half = x.meta["val"].shape[-1] // 2
+    cuts = [(s.args[0], s.args[1] % 4, s.args[2]) for s in (high, low) if short_name(s) == "aten.slice"]
+    cos, sin = (_source(t, {"aten.unsqueeze"}) for t in (cos, sin))
+    return (x, cos, sin) if cuts == [(x, 3, half), (x, 3, 0)] and low.args[3] == half else None
+
+
+def _source(node: fx.Node, through: set[str]) -> fx.Node:
+    while short_name(node) in through:
+        node = _node(node.args[0])
+    return node
+
+
+def _node(value: Any) -> fx.Node:
+    assert isinstance(value, fx.Node)
+    return value
+
+
+class _Tables:
+    """Rotary tables by position, each computed and stored once."""
+
+    def __init__(self, editor: Editor) -> None:
+        self._editor = editor
+        self._made: dict[fx.Node, Tensor | None] = {}
+        axes = [a for per_leaf in editor.program.inputs.dynamic for a in per_leaf.values() if a.name == "new" and a.high is not None]
+        self._longest: int = (axes[0].high or LONGEST) if axes else LONGEST
+
+    def by_position(self, node: fx.Node) -> Tensor | None:
+        """`[M, D/2]`: the table's first half, if the second one repeats it and it is made from positions alone."""
+        if node not in self._made:
+            self._made[node] = self._table(node)
+        return self._made[node]
+
+    def _table(self, node: fx.Node) -> Tensor | None:
+        try:
+            table = self._value(node)
+        except LookupError:
+            return None
+        rows = table.flatten(0, -2)
+        half = rows.shape[-1] // 2
+        return rows[:, :half].contiguous() if len(rows) == self._longest and torch.equal(rows[:, :half], rows[:, half:]) else None
+
+    def _value(self, node: Any) -> Any:
+        if not isinstance(node, fx.Node):
+            return [self._value(n) for n in node] if isinstance(node, (list, tuple)) else node
+        if node.op == "get_attr":
+            return get_tensor(self._editor.program.graph_module, str(node.target))
+        known = node.meta.get("val")
+        if isinstance(known, Tensor) and known.dtype is torch.int64 and known.dim() == 2:
+            return torch.arange(self._longest).unsqueeze(0)  # the positions
+        if node.op != "call_function" or not isinstance(known, Tensor):
+            raise LookupError
+        call: Callable[..., Any] = node.target  # type: ignore[assignment]
+        return call(*map(self._value, node.args), **{k: self._value(v) for k, v in node.kwargs.items()})
+
+
+def _replace(editor: Editor, found: _Found, tables: _Tables) -> None:
+    graph, node = editor.program.graph, found.attention
+    by_position = [tables.by_position(t) for t in found.tables or ()]
+    usable = [t for t in by_position if t is not None]
+    query, key = (found.query, found.key) if len(usable) == 2 else (_node(argument(node, "query")), _node(found.keys.args[0][1]))  # type: ignore[index]
+    scale, heads = argument(node, "scale"), query.meta["val"].shape[1]
+    with graph.inserting_before(node):
+        stored = [editor.stored(f"rotary_{n}_{t.name}", v, node) for n, t, v in zip(("cos", "sin"), found.tables or (), usable, strict=False)]
+        flat = [_flat(graph, n) for n in (query, key, found.value)]
+        past = [_node(n.args[0][0]) for n in (found.keys, found.values)]  # type: ignore[index]
+        groups = past[0].meta["val"].shape[1]
+        arguments = (*flat, *past, argument(node, "attn_mask"), *(stored if len(stored) == 2 else (None, None)), heads, groups)
+        width = float(query.meta["val"].shape[-1])
+        made = _call(graph, torch.ops.fxpress.cached_attention.default, *arguments, width**-0.5 if scale is None else float(scale), like=node)
+        parts = [graph.call_function(operator.getitem, (made, i)) for i in range(3)]
+        for part, value in zip(parts, made.meta["val"], strict=True):
+            part.meta["val"] = value
+        end = _flat_end(node)
+        if end is node:
+            wide = _call(graph, aten.unflatten.int, parts[0], 2, [heads, int(width)], like=node)
+            parts[0] = _call(graph, aten.transpose.int, wide, 1, 2, like=node)
+    end.replace_all_uses_with(parts[0])
+    for old, new in zip((found.keys, found.values), parts[1:], strict=True):
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user.op == "output")
+
+
+def _flat(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """`[B, heads, S, D] -> [B, S, heads D]`, read before it was taken apart where it was."""
+    inner = _node(node.args[0]) if short_name(node) == "aten.transpose" and sorted(a % 4 for a in node.args[1:]) == [1, 2] else None  # type: ignore[operator]
+    if inner is not None and short_name(inner) in ("aten.view", "aten.reshape") and _node(inner.args[0]).meta["val"].dim() == 3:
+        return _node(inner.args[0])
+    return _call(graph, aten.flatten.using_ints, _call(graph, aten.transpose.int, node, 1, 2, like=node), 2, like=node)
+
+
+def _flat_end(node: fx.Node) -> fx.Node:
+    """The node that holds the result as `[B, S, heads D]`, or the attention itself."""
+    end, turned = node, False
+    while len(end.users) == 1:
+        (end,) = end.users
+        if short_name(end) == "aten.transpose":
+            turned = True
+        elif short_name(end) not in _CARRIES:
+            break
+        if turned and end.meta["val"].dim() == 3:
+            return end
+    return node
+
+
+def _call(graph: fx.Graph, target: Any, *arguments: Any, like: fx.Node) -> fx.Node:
+    node = graph.call_function(target, arguments)
+    node.meta = {k: v for k, v in like.meta.items() if k not in ("val", "fxpress_site")}
+    node.meta["val"] = call_fake(node)
+    return node

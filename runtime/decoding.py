@@ -1,0 +1,89 @@
+"""Run an exported language model token by token in ONNX Runtime, its caches staying where they are.
+
+With attention as one operator (docs/onnx.md) the caches are buffers of the longest text, written in place; in portable files every call returns longer ones,
+which the next call reads. Either way no cache passes through Python.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..codegen.onnx_target.cached_attention import CACHE_PROPERTY, IN_PLACE
+from ..ir.errors import CalibrationError, LowerError
+from .onnx_session import open_session
+
+PAST, PRESENT = "past_key_values.", "present."
+
+
+class OnnxDecoder:
+    """`decoder(input_ids: [B, n]) -> logits [B, n, V] f32` of new tokens after all that were given before; `start` begins anew.
+
+    A file of `last_logits` gives those of the last new token alone, `[B, 1, V]`.
+
+    Args:
+        path: an ONNX file written from a program of `capture_causal_lm`.
+        longest: most tokens of a text, prompt included.
+        threads: of ONNX Runtime; as many as torch has if left out.
+    """
+
+    def __init__(self, path: str | Path, *, longest: int, threads: int | None = None) -> None:
+        self.session, self.longest = open_session(path, threads=threads), longest
+        self._caches = {i.name.removeprefix(PAST): i for i in self.session.get_inputs() if i.name.startswith(PAST)}
+        if not self._caches:
+            raise LowerError(f"{path} has no caches; export a program of fxpress.capture_causal_lm")
+        self._in_place = self.session.get_modelmeta().custom_metadata_map.get(CACHE_PROPERTY) == IN_PLACE
+        self._last_only = next(o for o in self.session.get_outputs() if o.name == "logits").shape[1] == 1
+        self._held: dict[str, Any] = {}
+        self._mask = torch.zeros(0, 0, dtype=torch.int64)
+
+    @property
+    def length(self) -> int:
+        """Tokens of each text so far."""
+        return self._mask.shape[1]
+
+    def start(self, rows: int = 1) -> None:
+        """Forget what was given, and make room for `rows` texts."""
+        import onnxruntime
+
+        room = self.longest if self._in_place else 0
+        kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        shapes = {name: (rows, entry.shape[1], room, entry.shape[3]) for name, entry in self._caches.items()}
+        self._held = {n: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(s, kinds[self._caches[n].type])) for n, s in shapes.items()}
+        self._mask = torch.zeros(rows, 0, dtype=torch.int64)
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits of the new tokens; `attention_mask: [B, n]` has 0 where they are padding (on the left of a text)."""
+        if not self._held or (self.length == 0 and len(self._mask) != len(input_ids)):
+            self.start(len(input_ids))
+        rows, new = input_ids.shape
+        if new == 0 or rows != len(self._mask):
+            raise CalibrationError(f"decoder: expected at least one new token for each of {len(self._mask)} texts, got ids {list(input_ids.shape)}")
+        if self.length + new > self.longest:
+            raise CalibrationError(f"decoder: {self.length} tokens are held and {new} come, more than the {self.longest} there is room for; raise longest=")
+        if rows > 1 and new > 1 and self.length:
+            found = [self(input_ids[:, i : i + 1], None if attention_mask is None else attention_mask[:, i : i + 1]) for i in range(new)]
+            return found[-1] if self._last_only else torch.cat(found, 1)
+        self._mask = torch.cat([self._mask, torch.ones_like(input_ids) if attention_mask is None else attention_mask], 1)
+        return torch.from_numpy(self._run({"input_ids": input_ids.contiguous().numpy(), "attention_mask": self._mask.numpy()}))
+
+    def _run(self, feeds: dict[str, Any]) -> Any:
+        binding = self.session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_cpu_input(name, value)
+        binding.bind_output("logits")
+        for name, held in self._held.items():
+            binding.bind_ortvalue_input(PAST + name, held)
+            if self._in_place:
+                binding.bind_ortvalue_output(PRESENT + name, held)
+            else:
+                binding.bind_output(PRESENT + name)
+        self.session.run_with_iobinding(binding)
+        logits, *grown = binding.get_outputs()
+        if not self._in_place:
+            self._held = dict(zip(self._held, grown, strict=True))
+        return logits.numpy()
