@@ -45,7 +45,7 @@ def save_serving(
         raise LowerError("save_serving: the program has no caches; capture the model with fxpress.capture_causal_lm")
     config = genai_config(program, model)
     with atomic_folder(Path(folder)) as scratch:
-        report = export_onnx(program if all_logits else last_logits(program), scratch / MODEL, portable=portable, progress=progress)
+        report = export_onnx(program if all_logits else last_logits(program), scratch / MODEL, portable=portable, merge=True, progress=progress)
         config["search"]["past_present_share_buffer"] = in_place(scratch / MODEL)
         (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(scratch)

@@ -71,13 +71,15 @@ def export_onnx(
     check: bool = True,
     external_data: bool | None = None,
     portable: bool = False,
+    merge: bool = False,
     progress: bool = False,
 ) -> OnnxReport:
     """Write `program` to the ONNX file `path` and return the report.
 
     `tolerance` bounds the error of the exact run relative to the largest output value (None: 1e-4, float16 models 2e-2), `fused_tolerance` that of
-    ONNX Runtime's default run. `portable`: attention over caches in standard operators. `external_data`
-    puts the weights into `<path>.data` beside the graph (None: only when they exceed 1.9 GB).
+    ONNX Runtime's default run. `portable`: attention over caches in standard operators. `merge`: low-bit weights that
+    read one input (query, key and value; gate and up) become one product, faster for a few tokens. `external_data` puts the weights into `<path>.data`
+    beside the graph (None: only when they exceed 1.9 GB).
     Nothing is left behind when a check fails (`ExportError`).
     """
     steps = _Steps(progress)
@@ -85,7 +87,7 @@ def export_onnx(
     exact = tolerance if tolerance is not None else default_tolerance(program)
     checked = Checked(checks=(), fused=0, notes=("not checked: check=False",))
     with atomic_file(Path(path)) as scratch:
-        written = _write(Onnx(opset=opset, portable=portable), program, scratch, external_data, steps)
+        written = _write(Onnx(opset=opset, portable=portable, merge=merge), program, scratch, external_data, steps)
         if check:
             with steps.step("check", "checking the file with ONNX Runtime"):
                 checked = check_file(scratch, program, bounds={Mode.EXACT: exact, Mode.DEFAULT: fused_tolerance})

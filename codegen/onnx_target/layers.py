@@ -25,6 +25,8 @@ def linear(slot: Slot, weight: onnx_ir.Value, *, fused: bool = False, padded: bo
     lifted = fused and any(n.op_type in TAKES_LINEAR for n in slot.consumers)
     x = write.op("Unsqueeze", slot.x, write.numbers(0)) if lifted else slot.x
     output = write.op("MatMul", x, weight)
+    if fused:
+        write.products[output.producer()] = slot.site.name
     if padded:
         output = write.op("Slice", output, write.numbers(0), write.numbers(slot.site.rows), write.numbers(-1))
     output = add_bias(slot, output)

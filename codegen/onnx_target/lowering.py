@@ -19,6 +19,7 @@ from .cleanup import clean_up, initializer_bytes
 from .extras import require
 from .masks import mask_notes, without_masks
 from .path import LOWEST_OPSET, OnnxPath, Slot
+from .products import merge_products
 from .signature import apply_signature
 from .skeleton import DOMAIN, WHY, export_skeleton
 from .writer import Writer
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 class Onnx(Target["onnx_ir.Model"]):
     """ONNX at `opset` (None: the lowest that holds the weights, 21, or 25 for 2-bit linears).
 
-    Attention over caches becomes ONNX Runtime's own operator, or standard ones if `portable`.
+    Attention over caches becomes ONNX Runtime's own operator, or standard ones if `portable`. `merge`: low-bit weights that read one input are one product.
     """
 
-    def __init__(self, *, opset: int | None = None, portable: bool = False) -> None:
-        self.opset, self.portable = opset, portable
+    def __init__(self, *, opset: int | None = None, portable: bool = False, merge: bool = False) -> None:
+        self.opset, self.portable, self.merge = opset, portable, merge
 
     def supports(self, site: WeightSite) -> Support:
         """What the format's fast path says; a format without one is decoded."""
@@ -58,8 +59,11 @@ class Onnx(Target["onnx_ir.Model"]):
             notes += left
             in_place = not left
         model = export_skeleton(decoded, opset)
-        rows = _fill(model, decoded, opset) | _dense_rows(decoded, formats, refused)
+        writer = Writer(model.graph, opset)
+        rows = _fill(model, decoded, writer) | _dense_rows(decoded, formats, refused)
         clean_up(model)
+        if self.merge:
+            rows |= {n: replace(rows[n], fused=False, form=f"{rows[n].form}, in one product with {first}") for n, first in _merged(model, writer).items()}
         apply_signature(decoded, model)
         if in_place:
             model.metadata_props[CACHE_PROPERTY] = IN_PLACE
@@ -96,11 +100,16 @@ def _decoded(program: Program, names: set[str]) -> Program:
     return clone
 
 
-def _fill(model: onnx_ir.Model, program: Program, opset: int) -> dict[str, SiteLowering]:
+def _merged(model: onnx_ir.Model, writer: Writer) -> dict[str, str]:
+    joined = merge_products(model, {n: site for n, site in writer.products.items() if n.graph is model.graph})
+    clean_up(model)
+    return joined
+
+
+def _fill(model: onnx_ir.Model, program: Program, writer: Writer) -> dict[str, SiteLowering]:
     """Replace every placeholder by what its fast path writes."""
     import onnx_ir as ir
 
-    writer = Writer(model.graph, opset)
     sites = {s.name: s for s in program.sites()}
     rows = {}
     for node in [n for n in model.graph if n.domain == DOMAIN]:

@@ -14,13 +14,17 @@ if TYPE_CHECKING:
 
 
 class Writer:
-    """Inserts nodes before `place`. Tensors written under an equal key are stored once; `written` sums the bytes of new ones."""
+    """Inserts nodes before `place`. Tensors written under an equal key are stored once; `written` sums the bytes of new ones.
+
+    `products`: the MatMul of every site whose low-bit weight ONNX Runtime can fuse with it.
+    """
 
     def __init__(self, graph: onnx_ir.Graph, opset: int) -> None:
         self.graph = graph
         self.opset = opset
         self.place: onnx_ir.Node | None = None
         self.written = 0
+        self.products: dict[onnx_ir.Node, str] = {}
         self._stored: dict[Any, onnx_ir.Value] = {}
 
     def op(self, op_type: str, *inputs: onnx_ir.Value | None, **attributes: Any) -> onnx_ir.Value:
