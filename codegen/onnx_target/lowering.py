@@ -63,7 +63,7 @@ class Onnx(Target["onnx_ir.Model"]):
         rows = _fill(model, decoded, writer) | _dense_rows(decoded, formats, refused)
         clean_up(model)
         if self.merge:
-            rows |= {n: replace(rows[n], fused=False, form=f"{rows[n].form}, in one product with {first}") for n, first in _merged(model, writer).items()}
+            rows |= {n: replace(rows[n], fused=False, form=f"{rows[n].form}, in the product of another site") for n in _merged(model, writer)}
         apply_signature(decoded, model)
         if in_place:
             model.metadata_props[CACHE_PROPERTY] = IN_PLACE

@@ -54,14 +54,14 @@ def test_siblings_are_one_product_of_the_same_values(options: str, bias: bool, t
         torch.testing.assert_close(torch.from_numpy(a), torch.from_numpy(b), rtol=1e-5, atol=1e-6)
     assert Counter(n.op_type for n in nodes)["MatMul"] == 2 and Counter(n.op_type for n in nodes)["Split"] == 1
     assert report.fused == 2 and not report.notes
-    assert sum("in one product with a" in s.form for s in report.lowering.sites) == 2
+    assert sum("in the product of another site" in s.form for s in report.lowering.sites) == 2
 
 
 def test_unequal_forms_stay_apart(tmp_path: Path) -> None:
     recipe = ["quantize_rtn{bits=4,group_size=16,only=[a]}", "quantize_rtn{bits=8,group_size=16,only=[b]}", "quantize_rtn{bits=4,group_size=32,only=[c]}"]
     report, nodes, _, _ = both(fxpress.optimize(Siblings().eval(), recipe, example_inputs=(torch.randn(2, 3, 32),)).program, tmp_path)
     assert Counter(n.op_type for n in nodes)["MatMul"] == 4
-    assert not any("in one product" in s.form for s in report.lowering.sites)
+    assert not any("in the product of" in s.form for s in report.lowering.sites)
 
 
 def test_attention_takes_query_key_and_value_packed(tmp_path: Path) -> None:
