@@ -14,7 +14,6 @@ import json
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -56,6 +55,11 @@ for line in sys.stdin:
 """
 
 
+def place(folder: Path, name: str) -> Path:
+    """Where a form's folder lies."""
+    return folder / name.replace(", ", "-").replace(" ", "-")
+
+
 def made(folder: Path) -> dict[str, dict[str, float]]:
     """Write the serving folders that are missing; seconds of every step."""
     record = folder / "made.json"
@@ -70,7 +74,7 @@ def made(folder: Path) -> dict[str, dict[str, float]]:
         began = time.process_time()
         result = fxpress.optimize(program, passes)
         passed = time.process_time() - began
-        report: OnnxReport = result.save_serving(folder / name.replace(", ", "-").replace(" ", "-"), model, tokenizer, **options)
+        report: OnnxReport = result.save_serving(place(folder, name), model, tokenizer, **options)
         export = time.process_time() - began - passed
         found[name] = {"capture": capture, "passes": passed, "export": export, "bytes": report.file_bytes, "exact_error": report.max_error}
         found[name] |= {"error": report.fused_error}
@@ -166,7 +170,7 @@ def main() -> None:
     folder = cache_dir() / "decode-lm"
     folder.mkdir(parents=True, exist_ok=True)
     seconds = made(folder)
-    places = {name: folder / name.replace(", ", "-").replace(" ", "-") for name in FORMS}
+    places = {name: place(folder, name) for name in FORMS}
     room = arguments.prompt + arguments.tokens + 8
     runs = {EAGER: eager_run(arguments.threads)} | {n: onnx_run(p, arguments.threads, room) for n, p in places.items()}
     if arguments.llama:
@@ -181,8 +185,7 @@ def main() -> None:
             rounds[name] += [timed] if number >= 0 else []
     rows = {name: row(mine, rounds, arguments.prompt) | seconds.get(name, {}) for name, mine in rounds.items()}
     for name in places if arguments.quality else ():
-        with suppress(KeyError):
-            rows[name]["perplexity"] = quality(places[name], windows)
+        rows[name]["perplexity"] = quality(places[name], windows)
     OUT.write_text(json.dumps({"prompt": arguments.prompt, "tokens": arguments.tokens, "threads": arguments.threads, "rows": rows}, indent=1) + "\n")
     for name, found in rows.items():
         print(f"{name:<26} " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()), flush=True)

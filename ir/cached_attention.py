@@ -83,7 +83,7 @@ def fuse_cached_attentions(editor: Editor, *, rotary_multiple: int = 2) -> dict[
     ensure_values(program)
     left, tables = {}, _Tables(editor)
     for node in [n for n in program.graph.nodes if short_name(n) == "aten.scaled_dot_product_attention"]:
-        found = _find(node, program.cache_nodes, rotary_multiple)
+        found = _find(node, program.cache_nodes, tables, rotary_multiple)
         if isinstance(found, str):
             left[node.name] = found
         else:
@@ -91,7 +91,7 @@ def fuse_cached_attentions(editor: Editor, *, rotary_multiple: int = 2) -> dict[
     return left
 
 
-def _find(node: fx.Node, caches: frozenset[fx.Node], rotary_multiple: int) -> _Found | str:
+def _find(node: fx.Node, caches: frozenset[fx.Node], tables: _Tables, rotary_multiple: int) -> _Found | str:
     query, key, value = (_node(argument(node, a)) for a in ("query", "key", "value"))
     keys, values = _source(key, _REPEATS), _source(value, _REPEATS)
     mask = argument(node, "attn_mask")
@@ -104,9 +104,9 @@ def _find(node: fx.Node, caches: frozenset[fx.Node], rotary_multiple: int) -> _F
     if len(widths) > 1 or argument(node, "dropout_p") or argument(node, "is_causal"):
         return f"its heads are of widths {sorted(widths)}" if len(widths) > 1 else "it drops or masks by itself"
     new_key, new_value = (_node(p[1]) for p in parts)
-    turns = [_rotated(query), _rotated(new_key)]
-    if turns[0] and turns[1] and turns[0][1:] == turns[1][1:] and widths.pop() % rotary_multiple == 0:
-        return _Found(node, keys, values, turns[0][0], turns[1][0], new_value, turns[0][1:])
+    q, k = _rotated(query), _rotated(new_key)
+    if q and k and q[1:] == k[1:] and widths.pop() % rotary_multiple == 0 and all(tables.by_position(t) is not None for t in q[1:]):
+        return _Found(node, keys, values, q[0], k[0], new_value, q[1:])
     return _Found(node, keys, values, query, new_key, new_value, None)
 
 
@@ -152,6 +152,11 @@ class _Tables:
             self._made[node] = self._table(node)
         return self._made[node]
 
+    def stored(self, name: str, node: fx.Node | None, like: fx.Node) -> fx.Node | None:
+        """A read of the table by position at the graph's insertion point; None for no table."""
+        table = None if node is None else self.by_position(node)
+        return None if node is None or table is None else self._editor.stored(f"{name}_{node.name}", table, like)
+
     def _table(self, node: fx.Node) -> Tensor | None:
         try:
             table = self._value(node)
@@ -177,17 +182,14 @@ class _Tables:
 
 def _replace(editor: Editor, found: _Found, tables: _Tables) -> None:
     graph, node = editor.program.graph, found.attention
-    by_position = [tables.by_position(t) for t in found.tables or ()]
-    usable = [t for t in by_position if t is not None]
-    query, key = (found.query, found.key) if len(usable) == 2 else (_node(argument(node, "query")), _node(found.keys.args[0][1]))  # type: ignore[index]
-    scale, heads = argument(node, "scale"), query.meta["val"].shape[1]
+    scale, heads = argument(node, "scale"), found.query.meta["val"].shape[1]
     with graph.inserting_before(node):
-        stored = [editor.stored(f"rotary_{n}_{t.name}", v, node) for n, t, v in zip(("cos", "sin"), found.tables or (), usable, strict=False)]
-        flat = [_flat(graph, n) for n in (query, key, found.value)]
+        stored = [tables.stored(f"rotary_{n}", t, node) for n, t in zip(("cos", "sin"), found.tables or (None, None), strict=True)]
+        flat = [_flat(graph, n) for n in (found.query, found.key, found.value)]
         past = [_node(n.args[0][0]) for n in (found.keys, found.values)]  # type: ignore[index]
         groups = past[0].meta["val"].shape[1]
-        arguments = (*flat, *past, argument(node, "attn_mask"), *(stored if len(stored) == 2 else (None, None)), heads, groups)
-        width = float(query.meta["val"].shape[-1])
+        arguments = (*flat, *past, argument(node, "attn_mask"), *stored, heads, groups)
+        width = float(found.query.meta["val"].shape[-1])
         made = _call(graph, torch.ops.fxpress.cached_attention.default, *arguments, width**-0.5 if scale is None else float(scale), like=node)
         parts = [graph.call_function(operator.getitem, (made, i)) for i in range(3)]
         for part, value in zip(parts, made.meta["val"], strict=True):

@@ -50,10 +50,20 @@ class Inputs:
         return pytree.tree_leaves((self.args, self.kwargs))
 
     @property
+    def keywords(self) -> list[str | None]:
+        """For every leaf the keyword that it comes by; None for positional ones."""
+        return [None] * len(pytree.tree_leaves(self.args)) + [k for k, v in self.kwargs.items() for _ in pytree.tree_leaves(v)]
+
+    @property
     def cache_leaves(self) -> tuple[int, ...]:
         """Places of the caches' tensors among the leaves."""
-        keys = [None] * len(pytree.tree_leaves(self.args)) + [k for k, v in self.kwargs.items() for _ in pytree.tree_leaves(v)]
-        return tuple(i for i, key in enumerate(keys) if key in self.caches)
+        return tuple(i for i, key in enumerate(self.keywords) if key in self.caches)
+
+    @property
+    def cached(self) -> list[Tensor]:
+        """The caches' example tensors."""
+        leaves = self.leaves
+        return [leaves[i] for i in self.cache_leaves]
 
     def completed(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The keywords of a call with the caches it leaves out, empty: axes that the call gives no size have none."""
@@ -90,12 +100,8 @@ class Inputs:
     def _axes(self, key: str, value: Any) -> list[tuple[Mapping[int, DynamicAxis], Any]]:
         """Dynamic axes and values of one keyword's leaves."""
         leaves = pytree.tree_leaves(value)
-        first = len(pytree.tree_leaves(self.args))
-        for name, example in self.kwargs.items():
-            if name == key:
-                break
-            first += len(pytree.tree_leaves(example))
-        return list(zip(self.dynamic[first : first + len(leaves)] or ({},) * len(leaves), leaves, strict=False))
+        mine = [axes for axes, k in zip(self.dynamic, self.keywords, strict=False) if k == key]
+        return list(zip(mine or ({},) * len(leaves), leaves, strict=False))
 
     def _empty(self, key: str, sizes: Mapping[str, int], device: torch.device | None) -> Any:
         leaves, spec = pytree.tree_flatten(self.kwargs[key])

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..codegen.onnx_target.cached_attention import CACHE_PROPERTY, IN_PLACE
 from ..ir.errors import CalibrationError, LowerError
+from .causal_lm import CACHE
 from .onnx_session import open_session
 
-PAST, PRESENT = "past_key_values.", "present."
+PAST, PRESENT = f"{CACHE}.", "present."
 
 
 class OnnxDecoder:

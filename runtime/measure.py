@@ -132,7 +132,7 @@ def parity(reference: Program, candidate: Program, batches: Iterable[object] | N
 def _returned(reference: Program, candidate: Program, call: Call) -> tuple[object, object]:
     """What both return, without caches where these differ in width."""
     found = reference.run_inputs(call), candidate.run_inputs(call)
-    if not reference.inputs.caches or [v.shape for v in _caches(reference)] == [v.shape for v in _caches(candidate)]:
+    if not reference.inputs.caches or [v.shape for v in reference.inputs.cached] == [v.shape for v in candidate.inputs.cached]:
         return found
     return _without_caches(reference, found[0]), _without_caches(candidate, found[1])
 
@@ -140,10 +140,6 @@ def _returned(reference: Program, candidate: Program, call: Call) -> tuple[objec
 def _without_caches(program: Program, found: object) -> list[object]:
     nodes = pytree.arg_tree_leaves(program.graph.output_node().args[0])
     return [v for v, node in zip(pytree.tree_leaves(found), nodes, strict=True) if program.cache_nodes.isdisjoint(node.all_input_nodes)]
-
-
-def _caches(program: Program) -> list[Tensor]:
-    return [program.inputs.leaves[i] for i in program.inputs.cache_leaves]
 
 
 def _output_pairs(reference: object, candidate: object) -> list[tuple[Tensor, Tensor]]:

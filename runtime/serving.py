@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..codegen.onnx_target.cached_attention import in_place
 from ..codegen.onnx_target.export import OnnxReport, export_onnx
 from ..ir.errors import ArtifactError, CalibrationError, LowerError, MissingExtraError
 from ..ir.files import atomic_folder
 from ..ir.program import Program
 from .causal_lm import CACHE, last_logits
-from .decoding import OnnxDecoder
+from .decoding import PAST, PRESENT, OnnxDecoder
 from .generation import Sampling, generate, stream_text
 
 CONFIG = "genai_config.json"
@@ -46,16 +45,12 @@ def save_serving(
     config = genai_config(program, model)
     with atomic_folder(Path(folder)) as scratch:
         report = export_onnx(program if all_logits else last_logits(program), scratch / MODEL, portable=portable, merge=True, progress=progress)
-        config["search"]["past_present_share_buffer"] = in_place(scratch / MODEL)
+        config["search"]["past_present_share_buffer"] = report.caches_in_place
         (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(scratch)
-    uneven = len({tuple(v.shape) for v in _caches(program)}) > 1
+    uneven = len({tuple(v.shape) for v in program.inputs.cached}) > 1
     why = "layers have caches of unequal sizes, which onnxruntime-genai does not take; `fxpress generate` runs the folder"
     return replace(report, path=str(Path(folder) / MODEL), notes=(*report.notes, *([why] if uneven else [])))
-
-
-def _caches(program: Program) -> list[torch.Tensor]:
-    return [program.inputs.leaves[i] for i in program.inputs.cache_leaves]
 
 
 def genai_config(program: Program, model: nn.Module) -> dict[str, Any]:
@@ -63,7 +58,7 @@ def genai_config(program: Program, model: nn.Module) -> dict[str, Any]:
     sizes: Any = model.config
     chosen = getattr(model, "generation_config", None)
     text: Any = sizes.get_text_config() if hasattr(sizes, "get_text_config") else sizes
-    caches = _caches(program)
+    caches = program.inputs.cached
     special = {n: _known(getattr(chosen, n, None), getattr(sizes, n, None)) for n in ("bos_token_id", "eos_token_id", "pad_token_id")}
     ends = special["eos_token_id"]
     special["pad_token_id"] = _known(special["pad_token_id"], ends[0] if isinstance(ends, list) else ends, 0)
@@ -76,10 +71,10 @@ def genai_config(program: Program, model: nn.Module) -> dict[str, Any]:
         "inputs": {
             "input_ids": "input_ids",
             "attention_mask": "attention_mask",
-            "past_key_names": f"{CACHE}.%d.key",
-            "past_value_names": f"{CACHE}.%d.value",
+            "past_key_names": f"{PAST}%d.key",
+            "past_value_names": f"{PAST}%d.value",
         },
-        "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
+        "outputs": {"logits": "logits", "present_key_names": f"{PRESENT}%d.key", "present_value_names": f"{PRESENT}%d.value"},
         "num_attention_heads": text.num_attention_heads,
         "num_hidden_layers": len(caches) // 2,
         "num_key_value_heads": caches[0].shape[1],

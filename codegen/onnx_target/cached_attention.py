@@ -9,7 +9,6 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,12 +48,6 @@ def _measure_by_mask(program: Program) -> None:
         with graph.inserting_before(node):
             sizes = [graph.call_function(torch.ops.aten.sym_size.int, place) for place in (long, short)]
             node.replace_all_uses_with(graph.call_function(operator.sub, tuple(sizes)))
-
-
-def in_place(path: Path) -> bool:
-    """Whether the caches of an ONNX file may be buffers with room to spare, written where they are."""
-    onnx = require("onnx", "reading an ONNX file")
-    return any(p.key == CACHE_PROPERTY and p.value == IN_PLACE for p in onnx.load(str(path), load_external_data=False).metadata_props)
 
 
 def translation(op: Any) -> dict[Any, Callable[..., Any]]:

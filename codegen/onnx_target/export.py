@@ -17,6 +17,7 @@ from ...ir.nodes import node_type
 from ...ir.program import Program
 from ...passes.progress import spinner
 from ..target import LoweringReport
+from .cached_attention import CACHE_PROPERTY, IN_PLACE
 from .check import Check, Checked, Mode, check_file
 from .lowering import Onnx
 from .text import report_text
@@ -31,13 +32,18 @@ GRAPH_BYTES_PER_NODE, GRAPH_BYTES = 400, 8192
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxReport:
-    """What was written and how it was checked. `fused`: MatMulNBits nodes in ONNX Runtime's optimized graph (0 when unchecked)."""
+    """What was written and how it was checked.
+
+    `caches_in_place`: caches may be buffers with room to spare (docs/serving.md). `fused`: MatMulNBits nodes in ONNX Runtime's optimized graph (0 when
+    unchecked).
+    """
 
     lowering: LoweringReport
     path: str
     opset: int
     file_bytes: int
     external_data: bool
+    caches_in_place: bool
     fused: int
     checks: tuple[Check, ...]
     notes: tuple[str, ...]
@@ -97,6 +103,7 @@ def export_onnx(
         opset=written.opset,
         file_bytes=written.file_bytes,
         external_data=written.external,
+        caches_in_place=written.in_place,
         fused=checked.fused,
         checks=checked.checks,
         notes=(*checked.notes, *_fusion_note(written.lowering, checked)),
@@ -126,6 +133,7 @@ class _Written:
     opset: int
     file_bytes: int
     external: bool
+    in_place: bool
 
 
 def _write(target: Onnx, program: Program, path: Path, external_data: bool | None, steps: _Steps) -> _Written:
@@ -138,7 +146,7 @@ def _write(target: Onnx, program: Program, path: Path, external_data: bool | Non
         save(model, path, external)
     file_bytes = sum(f.stat().st_size for f in path.parent.iterdir())
     _check_size(file_bytes, nbytes, len(model.graph))
-    return _Written(lowered.report, model.opset_imports[""], file_bytes, external)
+    return _Written(lowered.report, model.opset_imports[""], file_bytes, external, model.metadata_props.get(CACHE_PROPERTY) == IN_PLACE)
 
 
 def save(model: onnx_ir.Model, path: Path, external: bool) -> None:

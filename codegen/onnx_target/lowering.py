@@ -61,9 +61,10 @@ class Onnx(Target["onnx_ir.Model"]):
         model = export_skeleton(decoded, opset)
         writer = Writer(model.graph, opset)
         rows = _fill(model, decoded, writer) | _dense_rows(decoded, formats, refused)
-        clean_up(model)
         if self.merge:
-            rows |= {n: replace(rows[n], fused=False, form=f"{rows[n].form}, in the product of another site") for n in _merged(model, writer)}
+            joined = merge_products(model, writer.products)
+            rows |= {n: replace(rows[n], fused=False, form=f"{rows[n].form}, in the product of another site") for n in joined}
+        clean_up(model)
         apply_signature(decoded, model)
         if in_place:
             model.metadata_props[CACHE_PROPERTY] = IN_PLACE
@@ -98,12 +99,6 @@ def _decoded(program: Program, names: set[str]) -> Program:
     with Editor(clone, "onnx") as editor:
         decode_sites(editor, [s for s in clone.sites() if s.name in names])
     return clone
-
-
-def _merged(model: onnx_ir.Model, writer: Writer) -> dict[str, str]:
-    joined = merge_products(model, {n: site for n, site in writer.products.items() if n.graph is model.graph})
-    clean_up(model)
-    return joined
 
 
 def _fill(model: onnx_ir.Model, program: Program, writer: Writer) -> dict[str, SiteLowering]:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 Pair = tuple["onnx_ir.Node", "onnx_ir.Node"]  # the product, and the DequantizeLinear of its weight
 
 
-def merge_products(model: onnx_ir.Model, sites: Mapping[onnx_ir.Node, str]) -> dict[str, str]:
-    """Merge the products in `sites` (node to site) that read one input in blocks of one kind; returns for each site that joined another that other's name."""
-    joined: dict[str, str] = {}
+def merge_products(model: onnx_ir.Model, sites: Mapping[onnx_ir.Node, str]) -> list[str]:
+    """Merge the products in `sites` (node to site) that read one input in blocks of one kind; returns the sites that joined another's. Dead nodes stay."""
+    joined: list[str] = []
     groups: dict[Any, list[Pair]] = {}
     for product in [n for n in model.graph if n in sites]:
         weight = _blocks(product)
@@ -32,7 +32,7 @@ def merge_products(model: onnx_ir.Model, sites: Mapping[onnx_ir.Node, str]) -> d
     for pairs in groups.values():
         if len(pairs) > 1:
             _merge(model, pairs)
-            joined |= {sites[p]: sites[pairs[0][0]] for p, _ in pairs[1:]}
+            joined += [sites[p] for p, _ in pairs[1:]]
     return joined
 
 

@@ -18,14 +18,11 @@ if TYPE_CHECKING:
 def input_names(program: Program) -> list[tuple[int, str]]:
     """(leaf index, name) of every tensor input: the keyword it is passed by, else the placeholder's name; caches by their path (`past_key_values.0.key`)."""
     placeholders = [str(n.target) for n in program.graph.nodes if n.op == "placeholder"]
-    first = len(pytree.tree_leaves(program.inputs.args))
-    keys: dict[int, str] = {}
-    for key, value in program.inputs.kwargs.items():
-        count = len(pytree.tree_leaves(value))
-        if key in program.inputs.caches:
-            keys |= {first + i: ".".join((key, *path)) for i, path in enumerate(_paths(pytree.tree_structure(value)))}
-        keys |= {first: key} if count == 1 else {}
-        first += count
+    keywords = program.inputs.keywords
+    keys = {i: k for i, k in enumerate(keywords) if k is not None and keywords.count(k) == 1}
+    for key in program.inputs.caches:
+        paths = _paths(pytree.tree_structure(program.inputs.kwargs[key]))
+        keys |= {i: ".".join((key, *path)) for i, path in zip((i for i, k in enumerate(keywords) if k == key), paths, strict=True)}
     leaves = program.inputs.leaves
     return [(i, keys.get(i, p)) for i, p in enumerate(placeholders) if isinstance(leaves[i], Tensor)]
 

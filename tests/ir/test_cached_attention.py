@@ -99,7 +99,7 @@ def test_heads_of_unequal_widths_stay() -> None:
     import fxpress
 
     program = fxpress.optimize(captured("llama"), "decompose_modules{ratio=0.7}", calibration=[batch(2, 16)]).program.clone()
-    widths = {v.shape[-1] for v in (program.inputs.leaves[i] for i in program.inputs.cache_leaves)}
+    widths = {v.shape[-1] for v in program.inputs.cached}
     assert len(widths) > 1, "the test is about unequal widths"
     with Editor(program, "test") as editor:
         left = fuse_cached_attentions(editor)

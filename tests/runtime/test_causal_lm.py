@@ -82,7 +82,7 @@ def test_caches_have_axes_of_their_own() -> None:
     inputs = captured("llama").inputs
     assert inputs.caches == (CACHE,) and len(inputs.cache_leaves) == 4
     assert inputs.dynamic[1][1].parts == ("new", "past") and inputs.dynamic[2][2].low == 0
-    assert [tuple(v.shape) for v in (inputs.leaves[i] for i in inputs.cache_leaves)] == [(2, 2, 3, 8)] * 4
+    assert [tuple(v.shape) for v in inputs.cached] == [(2, 2, 3, 8)] * 4
 
 
 @pytest.mark.parametrize("spec", ["quantize_gptq{bits=4,group_size=8}", "decompose_modules{ratio=0.7}", "prune_structured{ratio=0.5,roles=[kv_group,ffn]}"])
@@ -96,7 +96,7 @@ def test_passes_work_on_it_and_narrow_caches_with_the_model(spec: str, tmp_path:
     loaded = fxpress.load(tmp_path / "saved").program
     assert loaded.inputs.caches == (CACHE,)
     torch.testing.assert_close(in_parts(loaded.run, call, 6, 7), in_parts(result.program.run, call, 6, 7))
-    narrow = [tuple(v.shape) for v in (result.program.inputs.leaves[i] for i in result.program.inputs.cache_leaves)]
+    narrow = [tuple(v.shape) for v in result.program.inputs.cached]
     assert (narrow != [(2, 2, 3, 8)] * 4) == ("quantize" not in spec)
 
 
