@@ -14,7 +14,7 @@ from ..ir.program import Program
 from ..ir.sites import SiteKind
 from .base import Need, Pass, Plan, SitePass
 from .calibrate import site_groups
-from .context import Context
+from .context import Call, Context
 from .devices import waiting_for, working_on
 from .pipeline import plan_passes
 
@@ -96,12 +96,21 @@ def matmul_rate(synchronize: Callable[[], Any] | None = None) -> float:
 
 
 def calibration_rows(program: Program, ctx: Context) -> float:
-    """Tokens (or samples) of the calibration set: elements of the largest example input set the unit."""
-    return _elements(ctx) / max(1, _largest(program.inputs.leaves)) * _example_rows(program)
+    """Tokens (or samples) of the calibration set."""
+    return sum(rows_of(program, call) for call in ctx.calibration)
+
+
+def rows_of(program: Program, call: Call) -> float:
+    """Tokens (or samples) of one call: elements of the largest example input set the unit."""
+    return _call_elements(call) / max(1, _largest(program.inputs.leaves)) * _example_rows(program)
 
 
 def _elements(ctx: Context) -> int:
-    return sum(_largest(torch.utils._pytree.tree_leaves([list(c[0]), dict(c[1])])) for c in ctx.calibration)
+    return sum(_call_elements(c) for c in ctx.calibration)
+
+
+def _call_elements(call: Call) -> int:
+    return _largest(torch.utils._pytree.tree_leaves([list(call[0]), dict(call[1])]))
 
 
 def _largest(leaves: Sequence[Any]) -> int:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ..ir.errors import TrainingError
+from ..ir.operators import composed
 from ..ir.program import Program
 from .context import Context
+from .estimate import rows_of
 from .examples import Example, split
 from .losses import Criterion, Objective, find_language
 from .tapped import Reply, Tapped, hidden_nodes
@@ -79,7 +81,8 @@ class _Trainer:
         self.criterion = criterion(program, self.options, ctx, data)
         needed = teacher if self.criterion.distils() else None
         self.taps = hidden_nodes(program, needed) if needed is not None and options.hidden else []
-        self.student, self.teacher = Tapped(program, self.taps), Teacher(needed, self.taps, options.cache) if needed is not None else None
+        self.student = Tapped(composed(program, max(rows_of(program, e.call) for e in data)), self.taps)
+        self.teacher = Teacher(needed, self.taps, options.cache) if needed is not None else None
         leaves, generator = Leaves.of(program, parts, keep_zeros=options.keep_zeros), ctx.generator()
         items = split(tuple(data), options.held_out, generator)
         self.loop = Loop(leaves, self._loss, items, self.options, ctx, label=label, generator=generator)
