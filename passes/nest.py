@@ -112,7 +112,9 @@ def why_not_nested(group: Group) -> str | None:
 
 
 def _outputs(program: Program) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(program.run_examples()) if isinstance(t, Tensor) and t.is_floating_point()]
+    """Of a text's first call where there are caches; these, returned last, are left out: their heads may have changed places."""
+    found = [t for t in pytree.tree_leaves(program.run_inputs(program.inputs.start)) if isinstance(t, Tensor) and t.is_floating_point()]
+    return found[: len(found) - len(program.inputs.cache_leaves)]
 
 
 def _difference(got: list[Tensor], wanted: list[Tensor]) -> float:
