@@ -26,6 +26,7 @@ from fxpress.codegen.onnx_target import OnnxReport
 from fxpress.ir.files import cache_dir
 from fxpress.runtime import zoo
 from fxpress.runtime.decoding import OnnxDecoder
+from fxpress.runtime.demo import calibration_batches
 from fxpress.runtime.generation import generate
 from fxpress.runtime.language import perplexity
 
@@ -34,6 +35,7 @@ FORMS = {
     "ONNX, dense": ([], {}),
     "ONNX, dense, portable": ([], {"portable": True}),
     "ONNX, 4 bits": (["quantize_rtn{bits=4,group_size=32}", "quantize_rtn{bits=8,kinds=[embedding]}"], {}),
+    "ONNX, 4 bits, 8-bit caches": (["quantize_rtn{bits=4,group_size=32}", "quantize_rtn{bits=8,kinds=[embedding]}", "quantize_cache"], {}),
     "ONNX, 4 bits, portable": (["quantize_rtn{bits=4,group_size=32}", "quantize_rtn{bits=8,kinds=[embedding]}"], {"portable": True}),
 }
 EAGER, LLAMA = "transformers, fp32", "llama.cpp, Q4_1"
@@ -70,9 +72,10 @@ def made(folder: Path) -> dict[str, dict[str, float]]:
     began = time.process_time()
     program = fxpress.capture_causal_lm(model)
     capture = time.process_time() - began
-    for name, (passes, options) in FORMS.items():
+    calls = calibration_batches(zoo.token_windows(tokenizer, zoo.wikipedia_articles()[0::2], length=512, count=16))
+    for name, (passes, options) in [(n, f) for n, f in FORMS.items() if n not in found]:
         began = time.process_time()
-        result = fxpress.optimize(program, passes)
+        result = fxpress.optimize(program, passes, calibration=calls)
         passed = time.process_time() - began
         report: OnnxReport = result.save_serving(place(folder, name), model, tokenizer, **options)
         export = time.process_time() - began - passed

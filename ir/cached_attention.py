@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from .edit import Editor
 from .finders.flow import short_name
+from .int8_caches import LIMIT, GrownCache, dequantized, grown_cache
 from .nodes import argument, get_tensor
 from .shapes import call_fake, ensure_values
 
@@ -29,19 +30,21 @@ _REPEATS = _CARRIES | {"aten.expand", "aten.unsqueeze"}
 @torch.library.custom_op("fxpress::cached_attention", mutates_args=())
 def cached_attention(
     query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, mask: Tensor, cos: Tensor | None, sin: Tensor | None,
-    heads: int, groups: int, scale: float,
+    key_scale: Tensor | None, value_scale: Tensor | None, heads: int, groups: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """New tokens attend to those before them and to each other.
 
     `query: [B, S, heads D]`, `key`, `value: [B, S, groups D]`, past ones `[B, groups, P, D]`, `mask: [B, 1, S, P + S] bool`. `cos`, `sin: [M, D/2]`, by
-    position: turn query and key (halves of D, as in GPT-NeoX) by the positions P to P + S. Returns `[B, S, heads D]` and both caches `[B, groups, P + S, D]`.
+    position: turn query and key (halves of D, as in GPT-NeoX) by the positions P to P + S. `key_scale`, `value_scale: [1, groups, 1, D]`: caches are int8 of
+    these units, new tokens too once they are turned. Returns `[B, S, heads D]` and both caches `[B, groups, P + S, D]`.
     """
     q, k, v = (t.unflatten(2, (count, -1)).transpose(1, 2) for t, count in ((query, heads), (key, groups), (value, groups)))
     if cos is not None and sin is not None:
         past, new = past_key.shape[2], query.shape[1]
         q, k = (_turned(t, cos[past : past + new], sin[past : past + new]) for t in (q, k))
-    k, v = torch.cat([past_key, k], 2), torch.cat([past_value, v], 2)
-    wide_k, wide_v = (t.repeat_interleave(heads // groups, 1) for t in (k, v))
+    k, v = _grown(past_key, k, key_scale), _grown(past_value, v, value_scale)
+    read = (t if unit is None else t.to(query.dtype) * unit for t, unit in ((k, key_scale), (v, value_scale)))
+    wide_k, wide_v = (t.repeat_interleave(heads // groups, 1) for t in read)
     found = F.scaled_dot_product_attention(q, wide_k, wide_v, mask, scale=scale)
     return found.transpose(1, 2).flatten(2), k, v
 
@@ -49,11 +52,15 @@ def cached_attention(
 @cached_attention.register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, mask: Tensor, cos: Tensor | None, sin: Tensor | None,
-    heads: int, groups: int, scale: float,
+    key_scale: Tensor | None, value_scale: Tensor | None, heads: int, groups: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, held, past, width = past_key.shape
     grown = [batch, held, past + query.shape[1], width]
-    return torch.empty_like(query), key.new_empty(grown), value.new_empty(grown)
+    return torch.empty_like(query), past_key.new_empty(grown), past_value.new_empty(grown)
+
+
+def _grown(past: Tensor, new: Tensor, unit: Tensor | None) -> Tensor:
+    return torch.cat([past, new if unit is None else (new / unit).round().clamp(-LIMIT - 1, LIMIT).to(past.dtype)], 2)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -63,11 +70,11 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Found:
-    """One attention over a cache: its operands as the operator takes them, and what it replaces."""
+    """One attention over caches: its operands as the operator takes them, and what it replaces."""
 
     attention: fx.Node
-    keys: fx.Node
-    values: fx.Node
+    keys: GrownCache
+    values: GrownCache
     query: fx.Node
     key: fx.Node
     value: fx.Node
@@ -93,21 +100,21 @@ def fuse_cached_attentions(editor: Editor, *, rotary_multiple: int = 2) -> dict[
 
 def _find(node: fx.Node, caches: frozenset[fx.Node], tables: _Tables, rotary_multiple: int) -> _Found | str:
     query, key, value = (_node(argument(node, a)) for a in ("query", "key", "value"))
-    keys, values = _source(key, _REPEATS), _source(value, _REPEATS)
+    keys, values = (grown_cache(dequantized(_source(n, _REPEATS)), caches) for n in (key, value))
     mask = argument(node, "attn_mask")
-    parts: list[Any] = [n.args[0] if short_name(n) == "aten.cat" else () for n in (keys, values)]
-    if any(len(p) != 2 or p[0] not in caches for p in parts):
+    if keys is None or values is None:
         return "its keys and values are no grown cache of the program"
+    if (keys.scale is None) is not (values.scale is None):
+        return "one of its caches is in 8 bits, the other is not"
     if not isinstance(mask, fx.Node) or mask.meta["val"].dtype is not torch.bool or mask.meta["val"].dim() != 4:
         return "it has no boolean mask of four axes"
-    widths = {int(n.meta["val"].shape[-1]) for n in (query, keys, values)}
+    widths = {int(n.meta["val"].shape[-1]) for n in (query, keys.grown, values.grown)}
     if len(widths) > 1 or argument(node, "dropout_p") or argument(node, "is_causal"):
         return f"its heads are of widths {sorted(widths)}" if len(widths) > 1 else "it drops or masks by itself"
-    new_key, new_value = (_node(p[1]) for p in parts)
-    q, k = _rotated(query), _rotated(new_key)
+    q, k = _rotated(query), _rotated(keys.new)
     if q and k and q[1:] == k[1:] and widths.pop() % rotary_multiple == 0 and all(tables.by_position(t) is not None for t in q[1:]):
-        return _Found(node, keys, values, q[0], k[0], new_value, q[1:])
-    return _Found(node, keys, values, query, new_key, new_value, None)
+        return _Found(node, keys, values, q[0], k[0], values.new, q[1:])
+    return _Found(node, keys, values, query, keys.new, values.new, None)
 
 
 def _rotated(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
@@ -186,9 +193,9 @@ def _replace(editor: Editor, found: _Found, tables: _Tables) -> None:
     with graph.inserting_before(node):
         stored = [tables.stored(f"rotary_{n}", t, node) for n, t in zip(("cos", "sin"), found.tables or (None, None), strict=True)]
         flat = [_flat(graph, n) for n in (found.query, found.key, found.value)]
-        past = [_node(n.args[0][0]) for n in (found.keys, found.values)]  # type: ignore[index]
-        groups = past[0].meta["val"].shape[1]
-        arguments = (*flat, *past, argument(node, "attn_mask"), *stored, heads, groups)
+        caches = (found.keys, found.values)
+        groups = found.keys.past.meta["val"].shape[1]
+        arguments = (*flat, *(c.past for c in caches), argument(node, "attn_mask"), *stored, *(c.scale for c in caches), heads, groups)
         width = float(found.query.meta["val"].shape[-1])
         made = _call(graph, torch.ops.fxpress.cached_attention.default, *arguments, width**-0.5 if scale is None else float(scale), like=node)
         parts = [graph.call_function(operator.getitem, (made, i)) for i in range(3)]
@@ -199,8 +206,8 @@ def _replace(editor: Editor, found: _Found, tables: _Tables) -> None:
             wide = _call(graph, aten.unflatten.int, parts[0], 2, [heads, int(width)], like=node)
             parts[0] = _call(graph, aten.transpose.int, wide, 1, 2, like=node)
     end.replace_all_uses_with(parts[0])
-    for old, new in zip((found.keys, found.values), parts[1:], strict=True):
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: user.op == "output")
+    for cache, new in zip(caches, parts[1:], strict=True):
+        cache.grown.replace_all_uses_with(new, delete_user_cb=lambda user: user.op == "output")
 
 
 def _flat(graph: fx.Graph, node: fx.Node) -> fx.Node:

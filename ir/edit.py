@@ -292,6 +292,10 @@ class Editor:
         """Journal a node that came in."""
         self._journal(Action.ADDED, why, None, after)
 
+    def retyped(self, before: NodeRecord, node: fx.Node, why: str) -> None:
+        """Journal a node whose type changed in place."""
+        self._journal(Action.RETYPED, why, before, record(node))
+
     def _journal(self, action: Action, why: str, before: NodeRecord | None, after: NodeRecord | None, facts: Mapping[str, float] | None = None) -> None:
         self.program.journal.add(Change(pass_spec=self.pass_spec, action=action, why=why, before=before, after=after, facts=dict(facts or {})))
 

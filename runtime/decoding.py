@@ -114,7 +114,7 @@ class OnnxDecoder:
     def start(self, rows: int = 1) -> None:
         """Forget what was given, and make room for `rows` texts."""
         room = self.longest if self._in_place else 0
-        kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
         shapes = {name: (rows, entry.shape[1], room, entry.shape[3]) for name, entry in self._caches.items()}
         self._held = {n: _ort(np.zeros(s, kinds[self._caches[n].type])) for n, s in shapes.items()}
         self._mask = torch.zeros(rows, 0, dtype=torch.int64)

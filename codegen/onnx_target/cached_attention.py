@@ -24,6 +24,7 @@ CACHE_PROPERTY, IN_PLACE = "fxpress_cache", "in place"  # metadata of a file who
 MASKED = -1e30
 ROTARY_MULTIPLE = 16  # of the width of heads, or ONNX Runtime does not turn them
 WHY = "exporting to ONNX"
+_DEFAULTS = {"scale": 1.0, "do_rotary": 0, "kv_cache_bit_width": 0, "k_quant_type": "NONE", "v_quant_type": "NONE"}
 
 
 def with_cached_attention(program: Program) -> tuple[Program, tuple[str, ...]]:
@@ -60,15 +61,18 @@ def translation(op: Any) -> dict[Any, Callable[..., Any]]:
         return op.Constant(value=ir.tensor(value, dtype=kind))
 
     def translated(
-        query: Any, key: Any, value: Any, past_key: Any, past_value: Any, mask: Any, cos: Any, sin: Any, heads: int, groups: int, scale: float
-    ) -> Any:
+        query: Any, key: Any, value: Any, past_key: Any, past_value: Any, mask: Any, cos: Any, sin: Any, key_scale: Any, value_scale: Any,
+        heads: int, groups: int, scale: float,
+    ) -> Any:  # fmt: skip
         total = op.Cast(op.Shape(mask, start=3, end=4), to=ir.DataType.INT32)
         lengths = op.Expand(op.Sub(total, number(1, ir.DataType.INT32)), op.Shape(mask, start=0, end=1))
         bias = op.Where(mask, number(0.0, query.dtype), number(MASKED, query.dtype))
-        turned = {"do_rotary": 1} if cos is not None else {}
+        options: dict[str, Any] = {"do_rotary": 1} if cos is not None else {}
+        options |= {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"} if key_scale is not None else {}
+        units = [op.Cast(s, to=ir.DataType.FLOAT) for s in (key_scale, value_scale)] if key_scale is not None else []
         return attend(
-            query, key, value, past_key, past_value, lengths, op.Squeeze(total), cos, sin, None, bias,
-            num_heads=heads, kv_num_heads=groups, scale=scale, **turned,
+            query, key, value, past_key, past_value, lengths, op.Squeeze(total), cos, sin, None, bias, *([None, *units] if units else []),
+            num_heads=heads, kv_num_heads=groups, scale=scale, **options,
         )  # fmt: skip
 
     return {torch.ops.fxpress.cached_attention.default: translated}
@@ -80,19 +84,21 @@ def _operator() -> Any:
     schema_of = onnx.defs.OpSchema
     parameter, optional = schema_of.FormalParameter, schema_of.FormalParameterOption.Optional
     floats = ["tensor(float)", "tensor(float16)"]
-    inputs = [parameter(n, "T") for n in ("query", "key", "value", "past_key", "past_value")]
+    inputs = [parameter(n, "T") for n in ("query", "key", "value")] + [parameter(n, "C") for n in ("past_key", "past_value")]
     inputs += [parameter(n, "M") for n in ("seqlens_k", "total_sequence_length")]
     inputs += [parameter(n, "T", param_option=optional) for n in ("cos_cache", "sin_cache")]
     inputs += [parameter("position_ids", "P", param_option=optional), parameter("attention_bias", "T", param_option=optional)]
+    inputs += [parameter("head_sink", "T", param_option=optional), *(parameter(n, "S", param_option=optional) for n in ("k_scale", "v_scale"))]
     schema = schema_of(
         "GroupQueryAttention", CONTRIB, 1,
         inputs=inputs,
-        outputs=[parameter(n, "T") for n in ("output", "present_key", "present_value")],
-        type_constraints=[("T", floats, ""), ("M", ["tensor(int32)"], ""), ("P", ["tensor(int64)"], "")],
+        outputs=[parameter("output", "T"), *(parameter(n, "C") for n in ("present_key", "present_value"))],
+        type_constraints=[
+            ("T", floats, ""), ("C", [*floats, "tensor(int8)"], ""), ("M", ["tensor(int32)"], ""), ("P", ["tensor(int64)"], ""), ("S", ["tensor(float)"], ""),
+        ],
         attributes=[
             *(schema_of.Attribute(n, schema_of.AttrType.INT) for n in ("num_heads", "kv_num_heads")),
-            schema_of.Attribute("scale", onnx.helper.make_attribute("scale", 1.0)),
-            schema_of.Attribute("do_rotary", onnx.helper.make_attribute("do_rotary", 0)),
+            *(schema_of.Attribute(n, onnx.helper.make_attribute(n, default)) for n, default in _DEFAULTS.items()),
         ],
     )  # fmt: skip
     return values.Op(values.Opset(CONTRIB, 1), "GroupQueryAttention", schema)

@@ -164,9 +164,14 @@ def _compare(mode: Mode, sizes: dict[str, int], got: dict[str, Array], expected:
 
 
 def relative_errors(got: Array, expected: Array) -> tuple[float, float]:
-    """Maximum error over the largest finite value, and RMS error over the RMS value; for integers and booleans the share that differs, twice."""
+    """Maximum error over the largest finite value, and RMS error over the RMS value; for integers and booleans the share that differs, twice.
+
+    Of int8 values (caches) those that differ by more than the last rounding, as long as no more than 2 % differ at all.
+    """
     if got.shape != expected.shape:
         return float("inf"), float("inf")
+    if expected.dtype == np.int8 and got.size and np.mean(got != expected) <= 0.02:
+        got = np.where(abs(got.astype(np.int16) - expected) <= 1, expected, got)
     if not np.issubdtype(expected.dtype, np.floating):
         share = float(np.mean(got != expected)) if expected.size else 0.0
         return share, share

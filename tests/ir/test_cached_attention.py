@@ -40,7 +40,7 @@ def test_the_operator_is_attention_in_float64(rotary: bool) -> None:
     mask = torch.ones(new, past + new, dtype=torch.bool).tril(past).expand(2, 1, -1, -1)
     angles = torch.arange(past + new).double()[:, None] * torch.tensor([1.0, 0.3, 0.01]).double()
     tables = (angles.cos(), angles.sin()) if rotary else (None, None)
-    found, keys, values = cached_attention(query, key, value, *held, mask, *tables, heads, groups, 0.4)
+    found, keys, values = cached_attention(query, key, value, *held, mask, *tables, None, None, heads, groups, 0.4)
 
     def split(x: Tensor, count: int) -> Tensor:
         return x.view(2, new, count, width).transpose(1, 2)
@@ -62,8 +62,8 @@ def test_the_operator_is_attention_in_float64(rotary: bool) -> None:
 def test_its_shapes_without_data_are_those_with() -> None:
     shapes = ((2, 5, 24), (2, 5, 12), (2, 5, 12), (2, 2, 3, 6), (2, 2, 3, 6))
     mask = torch.ones(2, 1, 5, 8, dtype=torch.bool)
-    real = cached_attention(*(randn(*s) for s in shapes), mask, None, None, 4, 2, 1.0)
-    empty = cached_attention(*(torch.empty(s, device="meta") for s in shapes), mask.to("meta"), None, None, 4, 2, 1.0)
+    real = cached_attention(*(randn(*s) for s in shapes), mask, None, None, None, None, 4, 2, 1.0)
+    empty = cached_attention(*(torch.empty(s, device="meta") for s in shapes), mask.to("meta"), None, None, None, None, 4, 2, 1.0)
     assert [t.shape for t in real] == [t.shape for t in empty]
 
 
@@ -104,3 +104,19 @@ def test_heads_of_unequal_widths_stay() -> None:
     with Editor(program, "test") as editor:
         left = fuse_cached_attentions(editor)
     assert any("its heads are of widths" in why for why in left.values())
+
+
+def test_in_8_bits_it_attends_to_what_is_held() -> None:
+    shapes = ((2, 5, 24), (2, 5, 12), (2, 5, 12))
+    query, key, value = (randn(*s, seed=i).double() for i, s in enumerate(shapes))
+    held = [torch.randint(-128, 128, (2, 2, 3, 6)).to(torch.int8) for _ in range(2)]
+    units = [torch.rand(1, 2, 1, 6).double() / 50 + 0.01 for _ in range(2)]
+    mask = torch.ones(5, 8, dtype=torch.bool).tril(3).expand(2, 1, -1, -1)
+    found, *caches = cached_attention(query, key, value, *held, mask, None, None, *units, 4, 2, 0.4)
+    new = [(x.view(2, 5, 2, 6).transpose(1, 2) / u).round().clamp(-128, 127) for x, u in zip((key, value), units, strict=True)]
+    for cache, past, mine in zip(caches, held, new, strict=True):
+        assert cache.dtype is torch.int8 and torch.equal(cache.double(), torch.cat([past.double(), mine], 2))
+    wide = [torch.cat([past * u, mine * u], 2) for past, mine, u in zip(held, new, units, strict=True)]
+    floats = [w[:, :, 3:].transpose(1, 2).flatten(2) for w in wide]
+    expected = cached_attention(query, *floats, *(w[:, :, :3] for w in wide), mask, None, None, None, None, 4, 2, 0.4)[0]
+    torch.testing.assert_close(found, expected)

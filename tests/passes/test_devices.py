@@ -32,14 +32,16 @@ RECIPES = (
     ("llama", "nest; slice{ratio=0.5,heads=0.5}"), ("llama", "nest; search_widths{budget=0.85,levels=11}"), ("llama", "nest; train_nested{steps=3}"),
     ("llama", "decompose_modules{ratio=0.7,multiple_of=4,head_multiple=2}"), ("vit", "decompose_modules{ratio=0.7,multiple_of=4,head_multiple=2}"),
     ("conv", "oneway_conv{start=fresh,form=composed}; oneway_form{to=factored}"), ("conv", "oneway_conv"),
-    ("llama", "plan_factorization{budget=0.8}"), ("conv", "plan_factorization{budget=0.8}"),
+    ("cached", "quantize_cache"), ("llama", "plan_factorization{budget=0.8}"), ("conv", "plan_factorization{budget=0.8}"),
     ("llama", "factorize_svd{ratio=0.6}; recover{steps=3}"), ("llama", "factorize_svd{ratio=0.6}; recover{scope=block,steps=3}"),
     ("llama", "factorize_svd{ratio=0.6}; recover{scope=local,steps=3}"), ("llama", "prune_wanda{sparsity=0.5}; recover{steps=3,dtype=bf16}"),
 )  # fmt: skip
 
 
 def of_one_length(name: str) -> Program:
-    """The tiny model with a dynamic batch at most."""
+    """The tiny model with a dynamic batch at most; `cached`: the llama with its cache."""
+    if name == "cached":
+        return fxpress.capture_causal_lm(tiny("llama").model)
     model = tiny(name)
     if not isinstance(model.example_inputs, dict):
         return fresh_program(name)
@@ -48,7 +50,8 @@ def of_one_length(name: str) -> Program:
 
 def data(name: str) -> list[Any]:
     """Calls like the example of `name`, on the CPU."""
-    args, kwargs = tiny(name).call
+    args, kwargs = tiny("llama" if name == "cached" else name).call
+    kwargs = kwargs | ({"attention_mask": torch.ones_like(kwargs["input_ids"])} if name == "cached" else {})
     if "input_ids" in kwargs:
         batch, length = kwargs["input_ids"].shape
         return [{**kwargs, "input_ids": tokens(batch, length, seed=i)} for i in range(4)]

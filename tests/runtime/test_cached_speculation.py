@@ -67,7 +67,8 @@ def test_rewinding_is_as_if_nothing_had_come(tmp_path: Path) -> None:
     program, ids = nested(), tokens(1, 12, 64)
     export_onnx(program, tmp_path / "place.onnx")
     export_onnx(program, tmp_path / "grow.onnx", portable=True)
-    for decoder in (ProgramDecoder(program), *(OnnxDecoder(tmp_path / n, longest=LONGEST) for n in ("place.onnx", "grow.onnx"))):
+    decoders: list[Decoder] = [ProgramDecoder(program), *(OnnxDecoder(tmp_path / n, longest=LONGEST) for n in ("place.onnx", "grow.onnx"))]
+    for decoder in decoders:
         expected = decoder(ids)[:, 5:]
         decoder.rewind(3)
         decoder(tokens(1, 4, 64, seed=9))

@@ -63,7 +63,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, portable in (("in place", False), ("portable", True)):
         report = result.save_serving(root / name, model(), tokenizer(), portable=portable, all_logits=True)
         assert report.max_error < 1e-5 and report.path == str(root / name / MODEL)
-    return {name: root / name for name in ("in place", "portable")}
+    fxpress.optimize(captured(), "quantize_cache", calibration=[_ids()]).save_serving(root / "8-bit caches", model(), tokenizer())
+    return {name: root / name for name in ("in place", "portable", "8-bit caches")}
 
 
 def expected(prompt: str, tokens: int) -> str:
@@ -92,7 +93,7 @@ def test_logits_at_every_length_left_padded_and_in_a_batch(folders: dict[str, Pa
 
 
 @pytest.mark.skipif(importlib.util.find_spec("onnxruntime_genai") is None, reason="onnxruntime-genai is not installed")
-@pytest.mark.parametrize("form", ["in place", "portable"])
+@pytest.mark.parametrize("form", ["in place", "portable", "8-bit caches"])
 def test_onnxruntime_genai_writes_the_same(folders: dict[str, Path], form: str) -> None:
     genai: Any = importlib.import_module("onnxruntime_genai")
 
@@ -104,7 +105,8 @@ def test_onnxruntime_genai_writes_the_same(folders: dict[str, Path], form: str) 
     generator.append_tokens(ids)
     while not generator.is_done():
         generator.generate_next_token()
-    assert tokenizer().decode(list(generator.get_sequence(0))[len(ids) :], skip_special_tokens=True) == expected(PROMPT, 20)
+    text = "".join(Served(folders[form]).stream(PROMPT, most=20)) if form == "8-bit caches" else expected(PROMPT, 20)
+    assert tokenizer().decode(list(generator.get_sequence(0))[len(ids) :], skip_special_tokens=True) == text
 
 
 def test_the_last_logits_alone(folders: dict[str, Path], tmp_path: Path) -> None:

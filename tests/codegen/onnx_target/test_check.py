@@ -27,6 +27,10 @@ def test_relative_errors() -> None:
         assert relative_errors(np.array(wrong, dtype=np.float32), expected)[0] == np.inf
     assert relative_errors(expected[:2], expected)[0] == np.inf
     assert relative_errors(np.array([1, 2, 3, 5]), np.array([1, 2, 3, 4])) == (0.25, 0.25)
+    held = np.arange(100, dtype=np.int8)
+    near, far, many = held.copy(), held.copy(), held.copy()
+    near[:2], far[0], many[:3] = near[:2] + 1, 50, many[:3] + 1
+    assert [relative_errors(x, held)[0] for x in (near, far, many)] == [0.0, 0.01, 0.03], "the last rounding may differ, here and there"
     assert relative_errors(np.full(3, 1e-3), np.zeros(3))[0] > 1, "an output that should be zero"
     assert relative_errors(np.zeros((0, 2)), np.zeros((0, 2))) == (0.0, 0.0)
 
