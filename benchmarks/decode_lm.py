@@ -36,6 +36,7 @@ FORMS = {
     "ONNX, dense, portable": ([], {"portable": True}),
     "ONNX, 4 bits": (["quantize_rtn{bits=4,group_size=32}", "quantize_rtn{bits=8,kinds=[embedding]}"], {}),
     "ONNX, 4 bits, 8-bit caches": (["quantize_rtn{bits=4,group_size=32}", "quantize_rtn{bits=8,kinds=[embedding]}", "quantize_cache"], {}),
+    "ONNX, 4 bits, one table": (["quantize_rtn{bits=4,group_size=32,kinds=[linear,embedding]}"], {}),
     "ONNX, 4 bits, portable": (["quantize_rtn{bits=4,group_size=32}", "quantize_rtn{bits=8,kinds=[embedding]}"], {"portable": True}),
 }
 EAGER, LLAMA = "transformers, fp32", "llama.cpp, Q4_1"

@@ -125,7 +125,7 @@ class Editor:
         facts: Mapping[str, float] | None,
     ) -> fx.Node:
         fmt.check_payload(payload, site.rows, site.columns, site.dtype, site.name)
-        before = record(site.node, site)
+        before, payload = record(site.node, site), self._shared(site, fmt, payload)
         with self.program.graph.inserting_before(site.node):
             keys = fmt.payload_spec(site.rows, site.columns, site.dtype)  # a payload read from a file may come in another order
             stored = [self._store(name(site, f"weight_{key}"), payload[key]) for key in keys]
@@ -136,6 +136,16 @@ class Editor:
         self.program.stage = Stage.COMPRESSED
         self._journal(Action.REPLACED, why, before, record(node, refreshed(node, site, fmt)), facts)
         return node
+
+    def _shared(self, site: WeightSite, fmt: WeightFormat, payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The tensors of an equal payload that an embedding (of a linear: a linear) holds already, so that tied weights stay one; else the payload itself."""
+        other = {SiteKind.EMBEDDING: torch.ops.fxpress.linear.default}.get(site.kind, torch.ops.fxpress.embedding.default)
+        for node in self.program.graph.nodes:
+            if node.target is other and argument(node, "weight_format") == fmt.to_spec() and list(argument(node, "shape")) == [site.rows, site.columns]:
+                held = dict(zip(payload, [get_tensor(self._module, str(n.target)) for n in argument(node, "payload")], strict=True))
+                if all(not t.is_meta and held[k].dtype == t.dtype and torch.equal(held[k], t) for k, t in payload.items()):
+                    return held
+        return payload
 
     def _store(self, name: str, tensor: Tensor) -> fx.Node:
         set_tensor(self._module, name, tensor.detach(), parameter=False)

@@ -21,7 +21,7 @@ from .pipeline import plan_passes
 
 @dataclass(frozen=True, kw_only=True)
 class PassEstimate:
-    """One pass of a dry run. Seconds and peak bytes are estimates; bytes before and after are exact."""
+    """One pass of a dry run. Seconds and peak bytes are estimates; bytes before and after are exact (tied weights that will share their codes count twice)."""
 
     plan: Plan
     bytes_before: int

@@ -30,7 +30,8 @@ PLANNED_BITS = "fxpress_bits"  # key of a site's planned width in its node's met
 class Quantization(SitePass):
     """Options of every quantizer. `bits` None: each site takes the width that `allocate_bits` planned for it. `kinds` are the site kinds taken.
 
-    Each site gets codes of its own, so a tied lm_head is quantized like any other and stops sharing storage with its embedding.
+    A tied lm_head is quantized like any other. It goes on sharing its storage with the embedding if both come out with equal codes (the same options, and
+    nothing of the data in them); else each has its own.
     """
 
     bits: int | None = option(None, ge=1, le=8)
@@ -95,7 +96,8 @@ class Quantization(SitePass):
 
     def notes(self, program: Program, results: tuple[SiteResult, ...]) -> tuple[str, ...]:
         """Say whether zeros left by pruning stayed exactly zero, and which sites stopped sharing a weight."""
-        untied = [r.site for r in results if "untied" in r.facts]
+        tied = {s.name for s in program.sites() if s.tied}
+        untied = [r.site for r in results if "untied" in r.facts and r.site not in tied]
         sharing = f"{', '.join(untied)}: no longer shares its weight; a tied site that is not compressed keeps the dense one"
         return (*_on_zeros(results), *([sharing] if untied else []))
 

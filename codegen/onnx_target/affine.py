@@ -15,7 +15,7 @@ import torch
 from ...ir.formats.affine import Affine
 from ...ir.sites import CONVOLUTIONS, SiteKind, WeightSite
 from ..target import No, Support, Yes
-from .blocks import TWO_BIT_OPSET, block_weight, fused_blocks, why_not_fused
+from .blocks import TWO_BIT_OPSET, block_weight, fused_blocks, gathered_rows, shares_nibbles, why_not_fused
 from .layers import convolution, linear, why_shared
 from .path import LOWEST_OPSET, Form, OnnxPath, Slot
 from .rows import row_container, row_weight
@@ -70,6 +70,9 @@ def _linear(slot: Slot) -> Form:
 
 def _embedding(slot: Slot) -> Form:
     """Rows `[..., D]` at ids `[...]`; only the gathered rows are unpacked."""
+    if shares_nibbles(slot):
+        output, text, why = gathered_rows(slot)
+        return Form(output=output, text=text, why=why)
     text = f"Gather[{_packed(slot.site)}] + unpack, Sub, Mul"
     return Form(output=row_weight(slot, slot.x), text=text, why=f"touches only the gathered rows{_container_note(slot.site)}")
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ...ir.formats.affine import Affine, Granularity, ScaleType
-from ...ir.sites import WeightSite
+from ...ir.sites import SiteKind, WeightSite
 from ...ir.weights import storage_key
 from .path import Slot
 from .rows import row_tables
+from .shared_data import CONTRIB
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -76,6 +77,15 @@ def block_weight(slot: Slot) -> tuple[onnx_ir.Value, str, str]:
     site, blocks = slot.site, fused_blocks(slot.site, slot.writer.opset)
     if blocks.bits == 8 and site.tied and blocks.repeat == 1 and _format(site).sharing is not Granularity.TENSOR:
         return _shared_weight(slot, blocks)
+    if shares_nibbles(slot):
+        codes, scale, zero = (_turned(slot, v) for v in _nibbles(slot))
+        return _dequantize(slot, codes, scale, zero, blocks), f"Transpose + {blocks}", _stored_once(slot)
+    return _own_weight(slot, blocks), str(blocks), _why(_format(site), blocks, site)
+
+
+def _own_weight(slot: Slot, blocks: Blocks) -> onnx_ir.Value:
+    """Codes stored as `[K, N]`, as ONNX Runtime's pattern has them."""
+    site = slot.site
     codes, scale, zero = _unpacked(site, blocks)
     key = (storage_key(site.payload()["codes"]), "blocks", blocks)
     name = site.tensors[0].removesuffix("_codes")
@@ -85,10 +95,48 @@ def block_weight(slot: Slot) -> tuple[onnx_ir.Value, str, str]:
         spread = _pad(zero.expand(site.rows, -1), blocks.rows).t().repeat_interleave(blocks.repeat, 0)[: blocks.count]
         zeros = slot.writer.integers(f"{name}_zero_point", spread if blocks.size else spread[0], blocks.bits, False, (*key, "zero"))
     scales = _scales(slot, scale, blocks, (*key, "scale"))
-    return _dequantize(slot, stored, scales, zeros, blocks), str(blocks), _why(_format(site), blocks, site)
+    return _dequantize(slot, stored, scales, zeros, blocks)
 
 
-def _dequantize(slot: Slot, codes: onnx_ir.Value, scale: onnx_ir.Value, zero: onnx_ir.Value | None, blocks: Blocks) -> onnx_ir.Value:
+def shares_nibbles(slot: Slot) -> bool:
+    """Whether 4-bit codes are stored once for a linear and the embedding that is tied to it, whose rows ONNX Runtime's own operator gathers."""
+    site, kinds = slot.site, {s.kind for s in (slot.site, *slot.tied)}
+    if not slot.writer.contrib or kinds != {SiteKind.LINEAR, SiteKind.EMBEDDING} or len(slot.tied) != 1 or why_not_fused(site) is not None:
+        return False
+    blocks = fused_blocks(site, slot.writer.opset)
+    return blocks.bits == 4 and blocks.size is not None and blocks.repeat == 1 and _format(site).sharing is not Granularity.TENSOR
+
+
+def gathered_rows(slot: Slot) -> tuple[onnx_ir.Value, str, str]:
+    """Rows `[..., K]` at the site's ids, of codes that a linear shares; the operator, and the reason for the form."""
+    codes, scale, zero = _nibbles(slot)
+    blocks = fused_blocks(slot.site, slot.writer.opset)
+    options = {"gather_axis": 0, "quantize_axis": 1, "block_size": blocks.size, "bits": 4}
+    rows = slot.writer.op("GatherBlockQuantized", codes, slot.x, scale, zero, domain=CONTRIB, **options)
+    return rows, f"GatherBlockQuantized[{'' if blocks.signed else 'u'}int4, block {blocks.size}]", _stored_once(slot)
+
+
+def _nibbles(slot: Slot) -> tuple[onnx_ir.Value, onnx_ir.Value, onnx_ir.Value | None]:
+    """4-bit codes `[N, K]`, scales `[N, G]` in the model's dtype and zero points `[N, G]`, stored once for all sites that share them."""
+    site, write = slot.site, slot.writer
+    blocks = fused_blocks(site, write.opset)
+    codes, scale, zero = _unpacked(site, blocks)
+    key = (storage_key(site.payload()["codes"]), "nibbles", blocks)
+    stored = write.integers(site.tensors[0], codes, 4, blocks.signed, key)
+    zeros = None if zero is None else write.integers(site.tensors[2], zero, 4, False, (*key, "zero"))
+    return stored, _cast_scale(slot, write.tensor(site.tensors[1], scale, (*key, "scale"))), zeros
+
+
+def _turned(slot: Slot, rows: onnx_ir.Value | None) -> onnx_ir.Value | None:
+    """`[N, .] -> [., N]`; folded at load."""
+    return None if rows is None else slot.writer.op("Transpose", rows, perm=[1, 0])
+
+
+def _stored_once(slot: Slot) -> str:
+    return f"shares its {fused_blocks(slot.site, slot.writer.opset).bits}-bit codes with {', '.join(slot.site.tied)}, stored once"
+
+
+def _dequantize(slot: Slot, codes: onnx_ir.Value | None, scale: onnx_ir.Value | None, zero: onnx_ir.Value | None, blocks: Blocks) -> onnx_ir.Value:
     return slot.writer.op("DequantizeLinear", codes, scale, zero, axis=0 if blocks.size else 1, block_size=blocks.size)
 
 
@@ -135,7 +183,7 @@ def _shared_weight(slot: Slot, blocks: Blocks) -> tuple[onnx_ir.Value, str, str]
     middle = write.constant(torch.tensor(_format(site).levels // 2, dtype=torch.uint8))
     zeros = turned(zero) if zero is not None else write.op("Expand", middle, write.numbers(*shape))
     weight = _dequantize(slot, write.op("Transpose", codes, perm=[1, 0]), _cast_scale(slot, turned(scale)), zeros, blocks)
-    return weight, f"Transpose + {str(blocks).replace('[int', '[uint')}", f"shares its 8-bit codes with {', '.join(site.tied)}, stored once"
+    return weight, f"Transpose + {str(blocks).replace('[int', '[uint')}", _stored_once(slot)
 
 
 def _unpacked(site: WeightSite, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor | None]:

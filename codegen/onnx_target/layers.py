@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...ir.sites import SiteKind
 from .path import Slot
@@ -50,7 +50,7 @@ def convolution(slot: Slot, rows: onnx_ir.Value) -> onnx_ir.Value:
     site, write = slot.site, slot.writer
     weight = write.op("Reshape", rows, write.numbers(*site.shape))
     padding = list(slot.option("padding"))
-    geometry = {"strides": list(slot.option("stride")), "pads": padding * 2, "dilations": list(slot.option("dilation")), "group": site.groups}
+    geometry: dict[str, Any] = {"strides": list(slot.option("stride")), "pads": padding * 2, "dilations": list(slot.option("dilation")), "group": site.groups}
     unbatched = slot.x.shape is not None and len(slot.x.shape) == len(site.shape) - 1
     x = write.op("Unsqueeze", slot.x, write.numbers(0)) if unbatched else slot.x
     output = write.op("Conv", x, weight, slot.bias, **geometry)

@@ -20,6 +20,7 @@ from .extras import require
 from .masks import mask_notes, without_masks
 from .path import LOWEST_OPSET, OnnxPath, Slot
 from .products import merge_products
+from .shared_data import CONTRIB
 from .signature import apply_signature
 from .skeleton import DOMAIN, WHY, export_skeleton
 from .writer import Writer
@@ -52,18 +53,19 @@ class Onnx(Target["onnx_ir.Model"]):
         program = without_masks(program)
         refused = {s.name: r.reason for s in program.sites() if s.compressed and isinstance(r := self.supports(s), No)}
         decoded = _decoded(program, set(refused)) if refused else program
-        in_place = False
+        in_place, contrib = False, bool(program.inputs.caches) and not self.portable
         opset, notes = self._opset(decoded), mask_notes(formats.values())
-        if program.inputs.caches and not self.portable:
+        if contrib:
             decoded, left = with_cached_attention(decoded)
             notes += left
             in_place = not left
         model = export_skeleton(decoded, opset)
-        writer = Writer(model.graph, opset)
+        writer = Writer(model.graph, opset, contrib=contrib)
         rows = _fill(model, decoded, writer) | _dense_rows(decoded, formats, refused)
         if self.merge:
             joined = merge_products(model, writer.products)
             rows |= {n: replace(rows[n], fused=False, form=f"{rows[n].form}, in the product of another site") for n in joined}
+        model.opset_imports.setdefault(CONTRIB, 1)  # taken out again where nothing uses it
         clean_up(model)
         apply_signature(decoded, model)
         if in_place:

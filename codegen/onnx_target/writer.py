@@ -16,23 +16,24 @@ if TYPE_CHECKING:
 class Writer:
     """Inserts nodes before `place`. Tensors written under an equal key are stored once; `written` sums the bytes of new ones.
 
-    `products`: the MatMul of every site whose low-bit weight ONNX Runtime can fuse with it.
+    `products`: the MatMul of every site whose low-bit weight ONNX Runtime can fuse with it. `contrib`: the file may hold ONNX Runtime's own operators.
     """
 
-    def __init__(self, graph: onnx_ir.Graph, opset: int) -> None:
+    def __init__(self, graph: onnx_ir.Graph, opset: int, *, contrib: bool = False) -> None:
         self.graph = graph
         self.opset = opset
+        self.contrib = contrib
         self.place: onnx_ir.Node | None = None
         self.written = 0
         self.products: dict[onnx_ir.Node, str] = {}
         self._stored: dict[Any, onnx_ir.Value] = {}
 
-    def op(self, op_type: str, *inputs: onnx_ir.Value | None, **attributes: Any) -> onnx_ir.Value:
-        """Insert a node of the standard domain before `place`; returns its output."""
+    def op(self, op_type: str, *inputs: onnx_ir.Value | None, domain: str = "", **attributes: Any) -> onnx_ir.Value:
+        """Insert a node, of the standard domain if none is given, before `place`; returns its output."""
         import onnx_ir as ir
 
         given = {k: v for k, v in attributes.items() if v is not None}
-        node = ir.node(op_type, inputs=list(inputs), attributes=given)
+        node = ir.node(op_type, inputs=list(inputs), attributes=given, domain=domain)
         assert self.place is not None
         self.graph.insert_before(self.place, node)
         return node.outputs[0]
