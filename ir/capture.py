@@ -1,4 +1,4 @@
-"""Model to `Program`: `torch.export` (non-strict) -> decomposition with an empty table -> unlifted graph.
+"""Model to `Program`: `torch.export` (non-strict) -> functional graph (`functional`, or decomposition with an empty table) -> unlifted graph.
 
 The empty decomposition table keeps `aten.linear`, `scaled_dot_product_attention`, `conv2d` and `layer_norm` whole and the result bit-equal;
 torch's default table breaks GPT-2 and dissolves linears, so it is never used.
@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from .errors import CaptureError
+from .functional import functional
 from .inputs import Inputs, as_inputs, dynamic_axes
 from .nodes import op_name
 from .program import Program, Stage
@@ -84,7 +85,7 @@ def _program(exported: torch.export.ExportedProgram, args: tuple[Any, ...], kwar
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            unlifted = exported.run_decompositions({}).module(check_guards=False)
+            unlifted = functional(exported) or exported.run_decompositions({}).module(check_guards=False)
     except Exception as error:
         raise CaptureError(_advice("the exported graph", error)) from error
     if not isinstance(unlifted, fx.GraphModule):
