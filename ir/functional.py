@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx
 
 from .finders.flow import short_name
+from .nodes import argument
 from .shapes import call_fake
 
 aten = torch.ops.aten
-KEPT = {"aten.flatten", "aten.unflatten"}  # composite, and read by all that reads programs
 
 
 def functional(exported: torch.export.ExportedProgram) -> fx.GraphModule | None:
@@ -41,9 +41,11 @@ def _simple(node: fx.Node) -> bool:
     op = node.target
     if node.op != "call_function" or not isinstance(op, torch._ops.OpOverload):
         return node.op != "call_module"
+    if short_name(node) == "aten.flatten" and not (isinstance(_value(node), Tensor) and isinstance(_value(node).shape[_merged(node)], int)):
+        return False
     if short_name(node) in _RULES:
         return isinstance(_value(node), Tensor) and isinstance(_value(node.args[0]), Tensor) and _value(node).device == _value(node.args[0]).device
-    return not op._schema.is_mutable and (short_name(node) in KEPT or not _taken_apart(op))
+    return not op._schema.is_mutable and not _taken_apart(op)
 
 
 def _taken_apart(op: torch._ops.OpOverload) -> bool:
@@ -72,7 +74,10 @@ def _to(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def _reshape(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    sizes = _sizes(node)
+    return _viewed(graph, node, _sizes(node))
+
+
+def _viewed(graph: fx.Graph, node: fx.Node, sizes: list[Any]) -> fx.Node:
     if _same_memory(node):
         return _call(graph, node, aten.view.default, (node.args[0], sizes))
     copied = _call(graph, node, aten.clone.default, (node.args[0],), {"memory_format": torch.contiguous_format})
@@ -84,6 +89,32 @@ def _sizes(node: fx.Node) -> list[Any]:
     """The sizes asked for, one that was left open filled in where it is known."""
     asked: Any = node.args[1]
     return [made if size == -1 and isinstance(made, int) else size for size, made in zip(asked, _value(node).shape, strict=True)]
+
+
+def _merged(node: fx.Node) -> int:
+    """The axis that a flatten makes of several."""
+    return int(argument(node, "start_dim")) % max(1, _value(node.args[0]).dim())
+
+
+def _flatten(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    place, shape = _merged(node), _value(node).shape
+    lost = _value(node.args[0]).dim() - len(shape)
+    with graph.inserting_before(node):
+        sizes = [s if isinstance(s, int) else _size(graph, node, i if i < place else i + lost) for i, s in enumerate(shape)]
+    return _viewed(graph, node, sizes)
+
+
+def _size(graph: fx.Graph, node: fx.Node, axis: int) -> fx.Node:
+    """The size of a free axis of the node's operand, asked for already or here."""
+    size = _value(node.args[0]).shape[axis]
+    for other in graph.nodes:
+        if other is node:
+            break
+        if short_name(other) == "aten.sym_size" and isinstance(_value(other), torch.SymInt) and _value(other).node.expr == size.node.expr:
+            return other
+    made = graph.call_function(aten.sym_size.int, (node.args[0], axis))
+    made.meta["val"] = size
+    return made
 
 
 def _contiguous(graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -108,5 +139,5 @@ def _call(graph: fx.Graph, old: fx.Node, target: Any, args: tuple[Any, ...], kwa
 
 
 _RULES: dict[str, Callable[[fx.Graph, fx.Node], fx.Node | None]] = {
-    "aten.to": _to, "aten.reshape": _reshape, "aten.contiguous": _contiguous, "aten.dropout": _dropout,
+    "aten.to": _to, "aten.reshape": _reshape, "aten.contiguous": _contiguous, "aten.dropout": _dropout, "aten.flatten": _flatten,
 }  # fmt: skip
