@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from .edit import Editor, record
 from .finders.flow import short_name
 from .program import Program
-from .shapes import call_fake, propagate
+from .shapes import call_fake
 
 aten = torch.ops.aten
 LIMIT = 127
@@ -71,7 +71,6 @@ def quantize_caches(editor: Editor, scales: dict[fx.Node, Tensor], why: str) -> 
     _hold_bytes(program, set(scales))
     for one in mine:
         _quantize(editor, one, scales[one.past])
-    propagate(program)
     for one, old in zip(mine, before, strict=True):
         for was, node in zip(old, (one.past, one.grown), strict=True):
             editor.retyped(was, node, why)

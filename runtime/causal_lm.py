@@ -68,7 +68,7 @@ def last_logits(program: Program) -> Program:
             last = clone.graph.call_function(torch.ops.aten.slice.Tensor, (data, 1, -1, 2**63 - 1))
         last.meta["val"] = call_fake(last)
         node.replace_input_with(data, last)
-    propagate(clone)
+    propagate(clone, {node})
     return clone
 
 
