@@ -6,7 +6,7 @@ They keep the attributes other code reads (`in_features`, `embedding_dim`, ...),
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -53,11 +53,14 @@ class CompressedWeight(nn.Module):
 
     def hold(self, site: WeightSite, *, transposed: bool, leaf: str = "weight") -> None:
         """Take the payload of a compressed `site`; `transposed`: the user's module stores `[K, N]`."""
-        self.weight_format, self.weight_shape = site.format.to_spec(), tuple(site.shape)
-        self.weight_dtype, self.transposed = site.dtype, transposed
-        payload = site.payload()
-        self.parts = tuple(f"{leaf}_{part}" for part in payload)
-        for name, tensor in zip(self.parts, payload.values(), strict=True):
+        payload = {f"{leaf}_{part}": tensor for part, tensor in site.payload().items()}
+        self.take(payload, site.format.to_spec(), tuple(site.shape), site.dtype, transposed=transposed)
+
+    def take(self, payload: Mapping[str, Tensor], weight_format: str, shape: tuple[int, ...], dtype: torch.dtype, *, transposed: bool) -> None:
+        """Take a payload by the names of its buffers."""
+        self.weight_format, self.weight_shape, self.weight_dtype, self.transposed = weight_format, shape, dtype, transposed
+        self.parts = tuple(payload)
+        for name, tensor in payload.items():
             self.register_buffer(name, tensor)
 
     @property
@@ -132,14 +135,20 @@ def compressed_copy(module: nn.Module, leaf: str, site: WeightSite, bias: Tensor
     plain = _plain_type(module, site.kind)
     if plain is None or leaf != "weight":
         return _decoding(module, leaf, site, bias, transposed)
-    fresh = plain()
+    fresh = stand_in(plain, module, bias)
+    fresh.hold(site, transposed=transposed)
+    write_sizes(fresh, tuple(site.shape))
+    return fresh
+
+
+def stand_in(kind: type[CompressedWeight], module: nn.Module, bias: Tensor | None) -> CompressedWeight:
+    """One of the classes above with what other code reads of `module`, and no weight yet."""
+    fresh = kind()
     for name in _KEPT:
         if hasattr(module, name):
             setattr(fresh, name, getattr(module, name))
-    if plain is not CompressedEmbedding:
+    if kind is not CompressedEmbedding:
         fresh.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
-    fresh.hold(site, transposed=transposed)
-    write_sizes(fresh, tuple(site.shape))
     return fresh
 
 
@@ -166,10 +175,15 @@ def _decoding(module: nn.Module, leaf: str, site: WeightSite, bias: Tensor | Non
     """Change `module` into a subclass of its class whose attribute `leaf` is the decoded weight."""
     if leaf not in module._parameters or (bias is not None and "bias" not in module._parameters):
         raise LowerError(f"attach: site {site.name}: {type(module).__name__} does not hold {leaf} and bias as its parameters; use result.module() instead")
-    del module._parameters[leaf]
     if bias is not None:
         module.register_parameter("bias", nn.Parameter(bias.detach(), requires_grad=False))
-    body = {leaf: property(CompressedWeight.decoded), "__module__": __name__}  # its own forward needs the values at once
-    module.__class__ = type(f"Compressed{type(module).__name__}", (CompressedWeight, type(module)), body)
+    as_decoding(module, leaf)
     CompressedWeight.hold(module, site, transposed=transposed, leaf=leaf)  # type: ignore[arg-type]
     return module
+
+
+def as_decoding(module: nn.Module, leaf: str) -> None:
+    """Make the module's class one whose parameter `leaf` is decoded from a payload that it has yet to take."""
+    del module._parameters[leaf]
+    body = {leaf: property(CompressedWeight.decoded), "__module__": __name__}  # its own forward needs the values at once
+    module.__class__ = type(f"Compressed{type(module).__name__}", (CompressedWeight, type(module)), body)

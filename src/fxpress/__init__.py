@@ -16,6 +16,7 @@ from .ir.errors import FxpressError
 from .ir.program import Program
 from .passes.examples import Labelled
 from .passes.recipe import Recipe
+from .runtime.attached_files import from_pretrained, save_pretrained
 from .runtime.causal_lm import capture_causal_lm
 from .runtime.optimize import load, optimize
 from .runtime.result import Result
@@ -25,4 +26,7 @@ try:
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["FxpressError", "Labelled", "Program", "Recipe", "Result", "__version__", "capture", "capture_causal_lm", "load", "optimize"]
+__all__ = [
+    "FxpressError", "Labelled", "Program", "Recipe", "Result", "__version__", "capture", "capture_causal_lm", "from_pretrained", "load", "optimize",
+    "save_pretrained",
+]  # fmt: skip
