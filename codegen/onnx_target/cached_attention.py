@@ -17,6 +17,7 @@ from ...ir.cached_attention import fuse_cached_attentions
 from ...ir.edit import Editor
 from ...ir.nodes import op_name
 from ...ir.program import Program
+from .causal_masks import leave_out_causality
 from .extras import require
 from .shared_data import CONTRIB
 
@@ -32,6 +33,7 @@ def with_cached_attention(program: Program) -> tuple[Program, tuple[str, ...]]:
     clone = program.clone()
     with Editor(clone, "onnx") as editor:
         left = fuse_cached_attentions(editor, rotary_multiple=ROTARY_MULTIPLE)
+        leave_out_causality(editor)
         if not left:
             _measure_by_mask(clone)
     return clone, tuple(f"{count} attentions are spelled out: {why}" for why, count in Counter(left.values()).items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .branches import split_group_sums
+from .skip_norms import fuse_skip_norms
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -48,14 +49,16 @@ def _replace(model: onnx_ir.Model, old: onnx_ir.Node, new: onnx_ir.Node) -> None
     model.graph.remove(old, safe=True)
 
 
-def clean_up(model: onnx_ir.Model) -> None:
-    """Identities, repeated nodes, dead nodes, dead initializers, unused domains and the exporter's metadata."""
+def clean_up(model: onnx_ir.Model, *, contrib: bool = False) -> None:
+    """Identities, repeated nodes, dead nodes, dead initializers, unused domains and the exporter's metadata; `contrib`: sums join the norms behind them."""
     from onnx_ir.passes import common
 
     common.InlinePass()(model)
     divide_by_roots(model)
     drop_zero_biases(model)
     common.RemoveUnusedNodesPass()(model)
+    if contrib:
+        fuse_skip_norms(model)
     split_group_sums(model)
     common.IdentityEliminationPass()(model)
     common.CommonSubexpressionEliminationPass()(model)

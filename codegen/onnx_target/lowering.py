@@ -66,7 +66,7 @@ class Onnx(Target["onnx_ir.Model"]):
             joined = merge_products(model, writer.products)
             rows |= {n: replace(rows[n], fused=False, form=f"{rows[n].form}, in the product of another site") for n in joined}
         model.opset_imports.setdefault(CONTRIB, 1)  # taken out again where nothing uses it
-        clean_up(model)
+        clean_up(model, contrib=contrib)
         apply_signature(decoded, model)
         if in_place:
             model.metadata_props[CACHE_PROPERTY] = IN_PLACE

@@ -1,0 +1,79 @@
+"""Masks of cached attention without their causal half, which GroupQueryAttention knows by itself: what is left is the padding, five operators for fifty."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ...ir.edit import Editor
+from ...ir.nodes import get_tensor
+from ...ir.program import Program
+from ...ir.shapes import call_fake
+
+aten = torch.ops.aten
+MASK, IDS = "attention_mask", "input_ids"
+TRIED = ({"batch": 1, "new": 5, "past": 0}, {"batch": 2, "new": 1, "past": 4}, {"batch": 2, "new": 3, "past": 4})
+
+
+def leave_out_causality(editor: Editor) -> None:
+    """Let cached attentions read the padding alone, where their mask is that and causality at every size that is tried; the runtime has to add the latter."""
+    program = editor.program
+    named = dict(zip(program.inputs.keywords, (n for n in program.graph.nodes if n.op == "placeholder"), strict=True))
+    for node in [n for n in program.graph.nodes if n.target is torch.ops.fxpress.cached_attention.default]:
+        mask = node.args[5]
+        if MASK in named and IDS in named and isinstance(mask, fx.Node) and all(_is_causal(program, mask, sizes) for sizes in TRIED):
+            node.replace_input_with(mask, _padding(program.graph, named[MASK], named[IDS], node))
+
+
+def _is_causal(program: Program, mask: fx.Node, sizes: dict[str, int]) -> bool:
+    """Whether the mask lets tokens see all that is no padding up to themselves."""
+    args, kwargs = program.inputs.sized(sizes)
+    held = torch.ones_like(kwargs[MASK])
+    held[0, :2] = 0
+    call = program.inputs.flatten(args, kwargs | {MASK: held})
+    try:
+        value = _evaluated(program, mask, call)
+    except LookupError:
+        return False
+    causal = torch.ones(sizes["new"], held.shape[1], dtype=torch.bool).tril(sizes["past"])
+    return isinstance(value, Tensor) and torch.equal(value, (causal & held.bool()[:, None, None, :]).expand_as(value))
+
+
+def _evaluated(program: Program, wanted: fx.Node, call: list[Any]) -> Any:
+    """The node's value for the flat inputs, from no more than what it needs."""
+    needed, waiting = set[fx.Node](), [wanted]
+    while waiting:
+        node = waiting.pop()
+        waiting += [n for n in node.all_input_nodes if n not in needed]
+        needed.add(node)
+        if len(needed) > 500:
+            raise LookupError
+    given, known = iter(call), dict[fx.Node, Any]()
+    for node in program.graph.nodes:
+        value = next(given) if node.op == "placeholder" else None
+        if node not in needed:
+            continue
+        if node.op == "get_attr":
+            value = get_tensor(program.graph_module, str(node.target))
+        elif node.op == "call_function":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+            value = node.target(*args, **kwargs)
+        known[node] = value
+    return known[wanted]
+
+
+def _padding(graph: fx.Graph, mask: fx.Node, ids: fx.Node, before: fx.Node) -> fx.Node:
+    """`[B, 1, S, P + S] bool` of `mask: [B, P + S]`."""
+    with graph.inserting_before(before):
+        kept = _call(graph, before, aten._to_copy.default, (mask,), {"dtype": torch.bool})
+        wide = _call(graph, before, aten.unsqueeze.default, (_call(graph, before, aten.unsqueeze.default, (kept, 1)), 2))
+        return _call(graph, before, aten.expand.default, (wide, [-1, -1, _call(graph, before, aten.sym_size.int, (ids, 1)), -1]))
+
+
+def _call(graph: fx.Graph, like: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+    node = graph.call_function(target, args, kwargs or {})
+    node.meta = {k: v for k, v in like.meta.items() if k not in ("val", "fxpress_site")}
+    node.meta["val"] = call_fake(node)
+    return node
