@@ -31,13 +31,14 @@ from fxpress.runtime.generation import generate
 from fxpress.runtime.language import perplexity
 
 OUT = Path(__file__).with_name("results") / "decode_lm.json"
+TABLE = "quantize_rtn{bits=4,group_size=32,kinds=[linear,embedding]}"  # head and embedding, which are tied, stay one
 FORMS = {
     "ONNX, dense": ([], {}),
     "ONNX, dense, portable": ([], {"portable": True}),
-    "ONNX, 4 bits": (["quantize_rtn{bits=4,group_size=32}", "quantize_rtn{bits=8,kinds=[embedding]}"], {}),
-    "ONNX, 4 bits, 8-bit caches": (["quantize_rtn{bits=4,group_size=32}", "quantize_rtn{bits=8,kinds=[embedding]}", "quantize_cache"], {}),
-    "ONNX, 4 bits, one table": (["quantize_rtn{bits=4,group_size=32,kinds=[linear,embedding]}"], {}),
-    "ONNX, 4 bits, portable": (["quantize_rtn{bits=4,group_size=32}", "quantize_rtn{bits=8,kinds=[embedding]}"], {"portable": True}),
+    "ONNX, 4 bits": ([TABLE], {}),
+    "ONNX, 4 bits, 8-bit caches": ([TABLE, "quantize_cache"], {}),
+    "ONNX, 4 bits, 8-bit embedding": (["quantize_rtn{bits=4,group_size=32}", "quantize_rtn{bits=8,kinds=[embedding]}"], {}),
+    "ONNX, 4 bits, portable": ([TABLE], {"portable": True}),
 }
 EAGER, LLAMA = "transformers, fp32", "llama.cpp, Q4_1"
 Timed = dict[str, float]
