@@ -162,6 +162,18 @@ def quality(folder: Path, windows: Tensor) -> float:
     return perplexity(logits, windows, batch=4).perplexity
 
 
+def same_tokens(folder: Path, prompts: Tensor, tokens: int = 64) -> float:
+    """Share of greedy tokens that are those of transformers' own `generate`, all prompts together."""
+    model, _ = zoo.load_smollm2()
+    decoder, equal = OnnxDecoder(folder / "model.onnx", longest=prompts.shape[1] + tokens), 0
+    for prompt in prompts:
+        ids = prompt.unsqueeze(0)
+        own = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)[0, len(prompt) :]
+        decoder.start()
+        equal += int((torch.tensor(list(generate(decoder, prompt, most=tokens))) == own).sum())
+    return equal / (len(prompts) * tokens)
+
+
 def main() -> None:
     """Measure all forms and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -190,7 +202,7 @@ def main() -> None:
             rounds[name] += [timed] if number >= 0 else []
     rows = {name: row(mine, rounds, arguments.prompt) | seconds.get(name, {}) for name, mine in rounds.items()}
     for name in places if arguments.quality else ():
-        rows[name]["perplexity"] = quality(places[name], windows)
+        rows[name] |= {"perplexity": quality(places[name], windows), "tokens_of_generate": same_tokens(places[name], windows[:3, :64])}
     OUT.write_text(json.dumps({"prompt": arguments.prompt, "tokens": arguments.tokens, "threads": arguments.threads, "rows": rows}, indent=1) + "\n")
     for name, found in rows.items():
         print(f"{name:<26} " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()), flush=True)
