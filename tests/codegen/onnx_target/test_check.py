@@ -31,6 +31,7 @@ def test_relative_errors() -> None:
     near, far, many = held.copy(), held.copy(), held.copy()
     near[:2], far[0], many[:3] = near[:2] + 1, 50, many[:3] + 1
     assert [relative_errors(x, held)[0] for x in (near, far, many)] == [0.0, 0.01, 0.03], "the last rounding may differ, here and there"
+    assert relative_errors(held + 1, held)[0] == 1 and relative_errors(held + 1, held)[1] == pytest.approx(1 / np.sqrt(np.mean(np.arange(100.0) ** 2)))
     assert relative_errors(np.full(3, 1e-3), np.zeros(3))[0] > 1, "an output that should be zero"
     assert relative_errors(np.zeros((0, 2)), np.zeros((0, 2))) == (0.0, 0.0)
 
