@@ -121,7 +121,7 @@ def _example_rows(program: Program) -> float:
     """Rows the first linear-like site sees on the example inputs."""
     for site in program.sites():
         if site.kind is not SiteKind.EMBEDDING:
-            return node_size(site.data) / site.columns
+            return max(1.0, value_size(site.data) / site.columns)
     return 1.0
 
 
@@ -152,8 +152,13 @@ def live_bytes(program: Program, ctx: Context) -> float:
 
 def node_size(node: fx.Node) -> float:
     """Elements of a node's value on the example inputs; weights and non-tensors count nothing."""
+    return value_size(node) if node.op == "call_function" else 0.0
+
+
+def value_size(node: fx.Node) -> float:
+    """Elements of any node's value on the example inputs, inputs and weights among them; non-tensors count nothing."""
     value = node.meta.get("val")
-    if node.op != "call_function" or not isinstance(value, Tensor):
+    if not isinstance(value, Tensor):
         return 0.0
     size = 1.0
     for s in value.shape:

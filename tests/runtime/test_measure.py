@@ -73,8 +73,9 @@ def test_tied_weights_count_once_until_they_are_compressed_apart(captured: Captu
     assert apart.weights - tied.weights == 96 * 32
     assert apart.nbytes - tied.nbytes == 4 * 96 * 32
     assert tied.linear_weights == apart.linear_weights
-    both = measure_size(mixed(captured("llama_tied"), ("affine{bits=8}",)))
-    assert both.weights == apart.weights
+    alike = measure_size(mixed(captured("llama_tied"), ("affine{bits=8}",)))
+    other = measure_size(mixed(captured("llama_tied"), ("affine{bits=8}", "affine{bits=4}")))
+    assert alike.weights == tied.weights and other.weights == apart.weights
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "gpt2", "conv", "opt"])
