@@ -74,7 +74,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     place, prompts = folder(), windows(1, arguments.rounds, PROMPT)
-    decoders = [OnnxDecoder(place / f"width-{i}.onnx", longest=PROMPT + arguments.tokens + 8, threads=arguments.threads) for i in range(len(WIDTHS))]
+    decoders = [
+        OnnxDecoder(place / f"width-{i}.onnx", longest=PROMPT + arguments.tokens + 8, threads=arguments.threads, spin=False) for i in range(len(WIDTHS))
+    ]
     full, rows = decoders[0], {(w, a): list[tuple[float, float, Speculation]]() for w in WIDTHS[1:] for a in arguments.ahead}
     greedy(full, prompts[:1], 4)
     for ids in prompts.split(1):

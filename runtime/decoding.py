@@ -94,10 +94,11 @@ class OnnxDecoder:
         path: an ONNX file written from a program of `capture_causal_lm`.
         longest: most tokens of a text, prompt included.
         threads: of ONNX Runtime; as many as torch has if left out.
+        spin: whether its threads wait awake; not for several decoders in turn, such as a draft and the full model.
     """
 
-    def __init__(self, path: str | Path, *, longest: int, threads: int | None = None) -> None:
-        self.session, self.longest = open_session(path, threads=threads), longest
+    def __init__(self, path: str | Path, *, longest: int, threads: int | None = None, spin: bool = True) -> None:
+        self.session, self.longest = open_session(path, threads=threads, spin=spin), longest
         self._caches = {i.name.removeprefix(PAST): i for i in self.session.get_inputs() if i.name.startswith(PAST)}
         if not self._caches:
             raise LowerError(f"{path} has no caches; export a program of fxpress.capture_causal_lm")

@@ -33,8 +33,11 @@ def tensor_function(path: str | Path, *, threads: int | None = None) -> Callable
     return lambda x: torch.from_numpy(session.run(None, {entry.name: x.numpy()})[0])
 
 
-def open_session(path: str | Path, *, threads: int | None = None, prepack: bool = True) -> Any:
-    """An ONNX Runtime CPU session with all optimizations; without `prepack` it copies no weight out of a mapped data file."""
+def open_session(path: str | Path, *, threads: int | None = None, prepack: bool = True, spin: bool = True) -> Any:
+    """An ONNX Runtime CPU session with all optimizations; without `prepack` it copies no weight out of a mapped data file.
+
+    Without `spin` its threads sleep between operators: for several sessions in turn on the same cores, which would wait for each other.
+    """
     try:
         import onnxruntime
     except ImportError as error:
@@ -44,4 +47,6 @@ def open_session(path: str | Path, *, threads: int | None = None, prepack: bool 
     options.log_severity_level = 3
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
