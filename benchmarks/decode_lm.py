@@ -162,16 +162,20 @@ def quality(folder: Path, windows: Tensor) -> float:
     return perplexity(logits, windows, batch=4).perplexity
 
 
-def same_tokens(folder: Path, prompts: Tensor, tokens: int = 64) -> float:
-    """Share of greedy tokens that are those of transformers' own `generate`, all prompts together."""
+def own_texts(prompts: Tensor, tokens: int = 64) -> Tensor:
+    """Greedy tokens `[B, tokens]` of transformers' own `generate`."""
     model, _ = zoo.load_smollm2()
-    decoder, equal = OnnxDecoder(folder / "model.onnx", longest=prompts.shape[1] + tokens), 0
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    return torch.cat([model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, ids.shape[1] :] for ids in prompts.split(1)])
+
+
+def same_tokens(folder: Path, prompts: Tensor, own: Tensor) -> float:
+    """Share of greedy tokens that are those of transformers, all prompts together."""
+    decoder, texts = OnnxDecoder(folder / "model.onnx", longest=prompts.shape[1] + own.shape[1]), []
     for prompt in prompts:
-        ids = prompt.unsqueeze(0)
-        own = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)[0, len(prompt) :]
         decoder.start()
-        equal += int((torch.tensor(list(generate(decoder, prompt, most=tokens))) == own).sum())
-    return equal / (len(prompts) * tokens)
+        texts.append(torch.tensor(list(generate(decoder, prompt, most=own.shape[1]))))
+    return float((torch.stack(texts) == own).float().mean())
 
 
 def main() -> None:
@@ -201,8 +205,9 @@ def main() -> None:
             timed = run(prompt, arguments.tokens)
             rounds[name] += [timed] if number >= 0 else []
     rows = {name: row(mine, rounds, arguments.prompt) | seconds.get(name, {}) for name, mine in rounds.items()}
-    for name in places if arguments.quality else ():
-        rows[name] |= {"perplexity": quality(places[name], windows), "tokens_of_generate": same_tokens(places[name], windows[:3, :64])}
+    own = own_texts(windows[:3, :64]) if arguments.quality else None
+    for name in places if own is not None else ():
+        rows[name] |= {"perplexity": quality(places[name], windows), "tokens_of_generate": same_tokens(places[name], windows[:3, :64], own)}
     OUT.write_text(json.dumps({"prompt": arguments.prompt, "tokens": arguments.tokens, "threads": arguments.threads, "rows": rows}, indent=1) + "\n")
     for name, found in rows.items():
         print(f"{name:<26} " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()), flush=True)

@@ -25,6 +25,7 @@ from fxpress.runtime import zoo
 from fxpress.runtime.decoding import OnnxDecoder
 from fxpress.runtime.demo import calibration_batches
 from fxpress.runtime.elastic import Elastic
+from fxpress.runtime.generation import generate
 from fxpress.runtime.speculative import Speculation, speculate_cached
 
 OUT = Path(__file__).with_name("results") / "speculation_lm.json"
@@ -52,10 +53,7 @@ def folder() -> Path:
 def greedy(full: OnnxDecoder, ids: Tensor, tokens: int) -> Tensor:
     """Token after token."""
     full.start()
-    text = torch.cat([ids, full(ids)[:, -1:].argmax(-1)], 1)
-    for _ in range(tokens - 1):
-        text = torch.cat([text, full(text[:, -1:])[:, -1:].argmax(-1)], 1)
-    return text
+    return torch.cat([ids, torch.tensor([list(generate(full, ids[0], most=tokens))])], 1)
 
 
 def seconds_of(run: Callable[[], Any]) -> tuple[float, Any]:

@@ -19,7 +19,7 @@ from .edit import Editor
 from .finders.flow import short_name
 from .int8_caches import LIMIT, GrownCache, dequantized, grown_cache
 from .nodes import argument, get_tensor
-from .shapes import call_fake, ensure_values
+from .shapes import ensure_values, take_place
 
 aten = torch.ops.aten
 LONGEST = 4096  # positions of rotary tables, where the program names no limit
@@ -233,7 +233,4 @@ def _flat_end(node: fx.Node) -> fx.Node:
 
 
 def _call(graph: fx.Graph, target: Any, *arguments: Any, like: fx.Node) -> fx.Node:
-    node = graph.call_function(target, arguments)
-    node.meta = {k: v for k, v in like.meta.items() if k not in ("val", "fxpress_site")}
-    node.meta["val"] = call_fake(node)
-    return node
+    return take_place(graph.call_function(target, arguments), like)

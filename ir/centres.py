@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from .edit import Editor, record
 from .nodes import get_tensor
-from .shapes import call_fake
+from .shapes import take_place
 from .site_calls import why_no_bias
 from .sites import SiteKind, WeightSite
 
@@ -41,8 +41,7 @@ def centre(editor: Editor, site: WeightSite, mean: Tensor, why: str) -> None:
     with editor.program.graph.inserting_before(site.node):
         taken = editor.stored(f"{site.name}.{_LEAF}", mean.to(site.dtype), like=old)
         node = editor.program.graph.call_function(aten.sub.Tensor, (old, taken))
-    node.meta = {k: v for k, v in site.node.meta.items() if k not in ("val", "fxpress_site")}
-    node.meta["val"] = call_fake(node)
+    take_place(node, site.node)
     site.node.replace_input_with(old, node)
     editor.added(record(node), why)
     _shift(editor, site, mean.to(site.dtype).double(), why)

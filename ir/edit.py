@@ -22,7 +22,7 @@ from .journal import Action, Change, NodeRecord
 from .nodes import argument, get_tensor, module_path, node_type, op_name
 from .program import Program, Stage
 from .resize import changed_nodes, changed_tensors, checked_choice, readers, resize
-from .shapes import call_fake, fake_mode_of
+from .shapes import fake_mode_of, take_place
 from .site_calls import bias_place, compressed_call, plain_call, refreshed, why_no_bias, why_not_compressible
 from .sites import SiteKind, WeightSite, find_sites
 from .weights import alias_classes, delete_tensor, named_tensors, set_tensor
@@ -125,10 +125,10 @@ class Editor:
         facts: Mapping[str, float] | None,
     ) -> fx.Node:
         fmt.check_payload(payload, site.rows, site.columns, site.dtype, site.name)
-        before, payload = record(site.node, site), self._shared(site, fmt, payload)
+        before, keys = record(site.node, site), fmt.payload_spec(site.rows, site.columns, site.dtype)
+        ordered = self._shared(site, fmt, {key: payload[key] for key in keys})  # a payload read from a file may come in another order
         with self.program.graph.inserting_before(site.node):
-            keys = fmt.payload_spec(site.rows, site.columns, site.dtype)  # a payload read from a file may come in another order
-            stored = [self._store(name(site, f"weight_{key}"), payload[key]) for key in keys]
+            stored = [self._store(name(site, f"weight_{key}"), tensor) for key, tensor in ordered.items()]
             target, args = compressed_call(site, fmt, stored)
             node = self.program.graph.call_function(target, args)
         node.meta = dict(site.node.meta) | {"fxpress_site": site.name, "fxpress_dtype": site.dtype}
@@ -165,8 +165,7 @@ class Editor:
             with self.program.graph.inserting_before(old):
                 weight = self._factor(site, link) if isinstance(link, (Product, Convolution)) else None
                 x = self.program.graph.call_function(*link.call(x, weight, added))
-            x.meta = {k: v for k, v in old.meta.items() if k not in ("val", "fxpress_site")}
-            x.meta["val"] = call_fake(x)
+            take_place(x, old)
             if isinstance(link, (Product, Convolution)):
                 x.meta["fxpress_site"] = f"{site.name}.{link.name}"
         if node_type(x) != node_type(old):

@@ -29,10 +29,8 @@ def functional(exported: torch.export.ExportedProgram) -> fx.GraphModule | None:
     for node in list(unlifted.graph.nodes):
         rule = _RULES.get(short_name(node))
         if rule is not None:
-            new = rule(unlifted.graph, node)
-            if new is not None:
-                node.replace_all_uses_with(new)
-                unlifted.graph.erase_node(node)
+            node.replace_all_uses_with(rule(unlifted.graph, node))
+            unlifted.graph.erase_node(node)
     return unlifted
 
 
@@ -42,6 +40,8 @@ def _simple(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(op, torch._ops.OpOverload):
         return node.op != "call_module"
     if short_name(node) == "aten.flatten" and not (isinstance(_value(node), Tensor) and isinstance(_value(node).shape[_merged(node)], int)):
+        return False
+    if short_name(node) == "aten.dropout" and node.args[2]:
         return False
     if short_name(node) in _RULES:
         return isinstance(_value(node), Tensor) and isinstance(_value(node.args[0]), Tensor) and _value(node).device == _value(node.args[0]).device
@@ -121,8 +121,8 @@ def _contiguous(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return _operand(node) if _same_memory(node) else _call(graph, node, aten.clone.default, (node.args[0],), {"memory_format": torch.contiguous_format})
 
 
-def _dropout(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
-    return None if node.args[2] else _call(graph, node, aten.clone.default, (node.args[0],))
+def _dropout(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    return _call(graph, node, aten.clone.default, (node.args[0],))
 
 
 def _operand(node: fx.Node) -> fx.Node:
@@ -138,6 +138,6 @@ def _call(graph: fx.Graph, old: fx.Node, target: Any, args: tuple[Any, ...], kwa
     return node
 
 
-_RULES: dict[str, Callable[[fx.Graph, fx.Node], fx.Node | None]] = {
+_RULES: dict[str, Callable[[fx.Graph, fx.Node], fx.Node]] = {
     "aten.to": _to, "aten.reshape": _reshape, "aten.contiguous": _contiguous, "aten.dropout": _dropout, "aten.flatten": _flatten,
 }  # fmt: skip

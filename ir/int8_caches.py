@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from .edit import Editor, record
 from .finders.flow import short_name
 from .program import Program
-from .shapes import call_fake
+from .shapes import call_fake, take_place
 
 aten = torch.ops.aten
 LIMIT = 127
@@ -93,21 +93,15 @@ def _quantize(editor: Editor, one: GrownCache, scale: Tensor) -> None:
     kind = new.meta["val"].dtype
     with graph.inserting_before(grown):
         stored = editor.stored(f"{one.past.name}_scale", scale.to(kind)[None, :, None, :], new)
-        x = _like(graph.call_function(aten.div.Tensor, (new, stored)), new)
-        x = _like(graph.call_function(aten.clamp.default, (_like(graph.call_function(aten.round.default, (x,)), new), -LIMIT - 1, LIMIT)), new)
-        x = _like(graph.call_function(aten._to_copy.default, (x,), {"dtype": torch.int8}), new)
+        x = take_place(graph.call_function(aten.div.Tensor, (new, stored)), new)
+        x = take_place(graph.call_function(aten.clamp.default, (take_place(graph.call_function(aten.round.default, (x,)), new), -LIMIT - 1, LIMIT)), new)
+        x = take_place(graph.call_function(aten._to_copy.default, (x,), {"dtype": torch.int8}), new)
     grown.args = ([one.past, x], *grown.args[1:])
     with graph.inserting_after(grown):
         wide = graph.call_function(aten._to_copy.default, (grown,), {"dtype": kind})
     with graph.inserting_after(wide):
         value = graph.call_function(aten.mul.Tensor, (wide, stored))
     grown.meta["val"] = call_fake(grown)
-    _like(wide, grown)
-    _like(value, grown)
+    take_place(wide, grown)
+    take_place(value, grown)
     grown.replace_all_uses_with(value, delete_user_cb=lambda user: user.op != "output" and user is not wide)
-
-
-def _like(node: fx.Node, other: fx.Node) -> fx.Node:
-    node.meta = {k: v for k, v in other.meta.items() if k not in ("val", "fxpress_site")}
-    node.meta["val"] = call_fake(node)
-    return node

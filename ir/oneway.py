@@ -22,7 +22,7 @@ from .chain import CONVS, Chain, Convolution
 from .edit import Editor, record
 from .nodes import argument, get_tensor
 from .program import Program
-from .shapes import call_fake, ensure_values
+from .shapes import ensure_values, take_place
 from .site_calls import conv_geometry
 from .sites import CONVOLUTIONS, WeightSite
 
@@ -165,7 +165,7 @@ def compose(editor: Editor, one: OneWay, why: str) -> None:
     for new, read in zip(reads.values(), [n.args[1] for n in one.nodes], strict=True):
         new.meta["val"] = read.meta["val"]  # type: ignore[union-attr]
     for new in [n for n in program.graph.nodes if n not in before and n.op == "call_function"]:
-        new.meta = {k: v for k, v in last.meta.items() if k not in ("val", "fxpress_site")} | {"val": call_fake(new)}
+        take_place(new, last)
     editor.exchange(last, node, why)
 
 
@@ -184,8 +184,7 @@ def factor(editor: Editor, one: OneWay, why: str) -> None:
             weight = program.graph.get_attr(one.filters[link.name])
             weight.meta["val"] = reads[one.filters[link.name]].meta["val"]
             x = program.graph.call_function(*link.call(x, weight, argument(old, "bias") if link is links[-1] else None))
-        x.meta = {k: v for k, v in old.meta.items() if k not in ("val", "fxpress_site")} | {"fxpress_site": f"{one.name}.{link.name}"}
-        x.meta["val"] = call_fake(x)
+        take_place(x, old).meta["fxpress_site"] = f"{one.name}.{link.name}"
         if link is not links[-1]:
             editor.added(record(x), why)
     editor.exchange(old, x, why)

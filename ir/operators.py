@@ -7,6 +7,7 @@ stored cores; the composed one is for training and scoring, where tokens are man
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,11 @@ from torch import fx
 
 from .edit import Editor
 from .program import Program
-from .shapes import call_fake, ensure_values
+from .shapes import ensure_values, take_place
 from .sites import SiteKind, WeightSite
 
 aten = torch.ops.aten
-LINKS = {"inner": ".inner", "outer": ".outer"}
+INNER, OUTER = ".inner", ".outer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Operator:
     @property
     def name(self) -> str:
         """The site it was."""
-        return self.inner.name.removesuffix(LINKS["inner"])
+        return self.inner.name.removesuffix(INNER)
 
     @property
     def bond(self) -> int:
@@ -65,13 +66,18 @@ class Operator:
         a, b, c, d = self.modes
         return self.rows * self.columns + a * b * c * d * self.bond / tokens
 
+    def cheaper_composed(self, tokens: float) -> bool:
+        """Whether so many tokens pay for the product of the cores."""
+        return self.multiplications > self.composed_multiplications(tokens)
+
 
 def find_operators(program: Program) -> list[Operator]:
     """All matrix product operators with b or c above 1 whose cores are plain, in graph order; low-rank pairs are two linears and never slower composed."""
-    ensure_values(program)
     sites = {s.node: s for s in program.sites() if s.kind is SiteKind.LINEAR and not s.compressed and not s.tied}
-    found = (_operator(s, sites) for s in sites.values() if s.name.endswith(LINKS["inner"]))
-    return [f for f in found if f is not None]
+    inner = [s for s in sites.values() if s.name.endswith(INNER)]
+    if inner:
+        ensure_values(program)
+    return [f for s in inner if (f := _operator(s, sites)) is not None]
 
 
 def _operator(inner: WeightSite, sites: dict[fx.Node, WeightSite]) -> Operator | None:
@@ -82,7 +88,7 @@ def _operator(inner: WeightSite, sites: dict[fx.Node, WeightSite]) -> Operator |
     after += [aten.transpose.int, aten.flatten.using_ints] if second_first else [aten.flatten.using_ints]
     nodes = _followers(inner.node, after)
     outer = sites.get(nodes[3]) if nodes else None
-    if not isinstance(split, fx.Node) or split.target is not aten.unflatten.int or outer is None or outer.name != f"{inner.name.removesuffix('.inner')}.outer":
+    if not isinstance(split, fx.Node) or split.target is not aten.unflatten.int or outer is None or outer.name != inner.name.removesuffix(INNER) + OUTER:
         return None
     if inner.bias is not None or outer.bias is not None or any(len(n.users) > 1 for n in (split, inner.data)):
         return None
@@ -113,44 +119,42 @@ def _followers(node: fx.Node, targets: list[Any]) -> list[fx.Node]:
     return found
 
 
-def compose_operator(editor: Editor, one: Operator, why: str) -> None:
-    """The chain becomes one linear with a weight that is multiplied out before it. Exact."""
-    program, last = editor.program, one.last
-    before = set(program.graph.nodes)
-    with program.graph.inserting_before(last):
-        weight = _weight(program.graph, one)
-        node = program.graph.call_function(aten.linear.default, (one.x, weight))
-    for new in [n for n in program.graph.nodes if n not in before]:
-        new.meta = {k: v for k, v in last.meta.items() if k not in ("val", "fxpress_site")} | {"val": call_fake(new)}
-    editor.exchange(last, node, why)
+def compose_operator(editor: Editor, one: Operator) -> None:
+    """The chain becomes one linear with a weight that is multiplied out before it, exactly; the chain's nodes are dead then. Not journalled."""
+    graph, last = editor.program.graph, one.last
+
+    def call(target: Any, *arguments: Any) -> fx.Node:
+        return take_place(graph.call_function(target, arguments), last)
+
+    with graph.inserting_before(last):
+        node = call(aten.linear.default, one.x, _weight(call, one))
+    editor.replace(last, node)
 
 
-def _weight(graph: fx.Graph, one: Operator) -> fx.Node:
+def _weight(call: Callable[..., fx.Node], one: Operator) -> fx.Node:
     """Nodes that make `[rows, columns]` of the cores."""
     (a, b, c, d), bond = one.modes, one.bond
-    cores = [next(n for n in s.node.all_input_nodes if n.op == "get_attr") for s in (one.inner, one.outer)]
+    inner, outer = (next(n for n in s.node.all_input_nodes if n.op == "get_attr") for s in (one.inner, one.outer))
     if one.second_first:  # inner [(c, r), d], outer [a, (b, r)]
-        first = graph.call_function(aten.view.default, (cores[1], [a * b, bond]))
-        turned = graph.call_function(aten.permute.default, (graph.call_function(aten.view.default, (cores[0], [c, bond, d])), [1, 0, 2]))
+        first = call(aten.view.default, outer, [a * b, bond])
+        turned = call(aten.permute.default, call(aten.view.default, inner, [c, bond, d]), [1, 0, 2])
     else:  # inner [(a, r), b], outer [c, (d, r)]
-        moved = graph.call_function(aten.permute.default, (graph.call_function(aten.view.default, (cores[0], [a, bond, b])), [0, 2, 1]))
-        first = graph.call_function(aten.reshape.default, (moved, [a * b, bond]))
-        turned = graph.call_function(aten.permute.default, (graph.call_function(aten.view.default, (cores[1], [c, d, bond])), [2, 0, 1]))
-    second = graph.call_function(aten.reshape.default, (turned, [bond, c * d]))
-    joined = graph.call_function(aten.view.default, (graph.call_function(aten.mm.default, (first, second)), [a, b, c, d]))
-    weight = graph.call_function(aten.reshape.default, (graph.call_function(aten.transpose.int, (joined, 1, 2)), [a * c, b * d]))
+        first = call(aten.reshape.default, call(aten.permute.default, call(aten.view.default, inner, [a, bond, b]), [0, 2, 1]), [a * b, bond])
+        turned = call(aten.permute.default, call(aten.view.default, outer, [c, d, bond]), [2, 0, 1])
+    joined = call(aten.mm.default, first, call(aten.reshape.default, turned, [bond, c * d]))
+    weight = call(aten.transpose.int, call(aten.view.default, joined, [a, b, c, d]), 1, 2)
+    weight = call(aten.reshape.default, weight, [a * c, b * d])
     for axis, (size, full) in enumerate(((one.rows, a * c), (one.columns, b * d))):
-        weight = weight if size == full else graph.call_function(aten.slice.Tensor, (weight, axis, 0, size))
+        weight = weight if size == full else call(aten.slice.Tensor, weight, axis, 0, size)
     return weight
 
 
 def composed(program: Program, tokens: float) -> Program:
     """The program itself, or a copy in which every operator that is cheaper composed, at so many tokens a run, is. Tensors are shared."""
-    if not any(o.multiplications > o.composed_multiplications(tokens) for o in find_operators(program)):
+    if not any(o.cheaper_composed(tokens) for o in find_operators(program)):
         return program
     copy = program.clone()
     with Editor(copy, "compose") as editor:
-        for one in find_operators(copy):
-            if one.multiplications > one.composed_multiplications(tokens):
-                compose_operator(editor, one, f"cheaper composed at {tokens:.0f} tokens")
+        for one in [o for o in find_operators(copy) if o.cheaper_composed(tokens)]:
+            compose_operator(editor, one)
     return copy

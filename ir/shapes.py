@@ -105,6 +105,13 @@ def call_fake(node: fx.Node) -> Any:
         return _call(node, values)
 
 
+def take_place(node: fx.Node, old: fx.Node) -> fx.Node:
+    """Give a new node the metadata of `old`, whose part it plays, but for the value, which is its own, and the name of a site; returns it."""
+    node.meta = {k: v for k, v in old.meta.items() if k not in ("val", "fxpress_site")}
+    node.meta["val"] = call_fake(node)
+    return node
+
+
 def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -97,12 +97,17 @@ def matmul_rate(synchronize: Callable[[], Any] | None = None) -> float:
 
 def calibration_rows(program: Program, ctx: Context) -> float:
     """Tokens (or samples) of the calibration set."""
-    return sum(rows_of(program, call) for call in ctx.calibration)
+    return _elements(ctx) * _rows_per_element(program)
 
 
-def rows_of(program: Program, call: Call) -> float:
-    """Tokens (or samples) of one call: elements of the largest example input set the unit."""
-    return _call_elements(call) / max(1, _largest(program.inputs.leaves)) * _example_rows(program)
+def most_rows(program: Program, calls: Iterable[Call]) -> float:
+    """Tokens (or samples) of the largest call."""
+    return max(_call_elements(call) for call in calls) * _rows_per_element(program)
+
+
+def _rows_per_element(program: Program) -> float:
+    """Elements of the largest example input set the unit."""
+    return _example_rows(program) / max(1, _largest(program.inputs.leaves))
 
 
 def _elements(ctx: Context) -> int:

@@ -12,7 +12,7 @@ from ..ir.errors import TrainingError
 from ..ir.operators import composed
 from ..ir.program import Program
 from .context import Context
-from .estimate import rows_of
+from .estimate import most_rows
 from .examples import Example, split
 from .losses import Criterion, Objective, find_language
 from .tapped import Reply, Tapped, hidden_nodes
@@ -81,7 +81,7 @@ class _Trainer:
         self.criterion = criterion(program, self.options, ctx, data)
         needed = teacher if self.criterion.distils() else None
         self.taps = hidden_nodes(program, needed) if needed is not None and options.hidden else []
-        self.student = Tapped(composed(program, max(rows_of(program, e.call) for e in data)), self.taps)
+        self.student = Tapped(composed(program, most_rows(program, (e.call for e in data))), self.taps)
         self.teacher = Teacher(needed, self.taps, options.cache) if needed is not None else None
         leaves, generator = Leaves.of(program, parts, keep_zeros=options.keep_zeros), ctx.generator()
         items = split(tuple(data), options.held_out, generator)

@@ -75,7 +75,7 @@ def fused_blocks(site: WeightSite, opset: int) -> Blocks:
 def block_weight(slot: Slot) -> tuple[onnx_ir.Value, str, str]:
     """The dequantized weight `[K, N]` of a fusable site, the operators' names, and the reason for the form."""
     site, blocks = slot.site, fused_blocks(slot.site, slot.writer.opset)
-    if blocks.bits == 8 and site.tied and blocks.repeat == 1 and _format(site).sharing is not Granularity.TENSOR:
+    if blocks.bits == 8 and site.tied and _scale_a_block(site, blocks):
         return _shared_weight(slot, blocks)
     if shares_nibbles(slot):
         codes, scale, zero = (_turned(slot, v) for v in _nibbles(slot))
@@ -104,7 +104,12 @@ def shares_nibbles(slot: Slot) -> bool:
     if not slot.writer.contrib or kinds != {SiteKind.LINEAR, SiteKind.EMBEDDING} or len(slot.tied) != 1 or why_not_fused(site) is not None:
         return False
     blocks = fused_blocks(site, slot.writer.opset)
-    return blocks.bits == 4 and blocks.size is not None and blocks.repeat == 1 and _format(site).sharing is not Granularity.TENSOR
+    return blocks.bits == 4 and blocks.size is not None and _scale_a_block(site, blocks)
+
+
+def _scale_a_block(site: WeightSite, blocks: Blocks) -> bool:
+    """Whether stored scales serve as they are, none repeated or spread."""
+    return blocks.repeat == 1 and _format(site).sharing is not Granularity.TENSOR
 
 
 def gathered_rows(slot: Slot) -> tuple[onnx_ir.Value, str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 from ...ir.edit import Editor
 from ...ir.nodes import get_tensor
 from ...ir.program import Program
-from ...ir.shapes import call_fake
+from ...ir.shapes import take_place
 
 aten = torch.ops.aten
 MASK, IDS = "attention_mask", "input_ids"
@@ -21,10 +22,15 @@ def leave_out_causality(editor: Editor) -> None:
     """Let cached attentions read the padding alone, where their mask is that and causality at every size that is tried; the runtime has to add the latter."""
     program = editor.program
     named = dict(zip(program.inputs.keywords, (n for n in program.graph.nodes if n.op == "placeholder"), strict=True))
-    for node in [n for n in program.graph.nodes if n.target is torch.ops.fxpress.cached_attention.default]:
-        mask = node.args[5]
-        if MASK in named and IDS in named and isinstance(mask, fx.Node) and all(_is_causal(program, mask, sizes) for sizes in TRIED):
-            node.replace_input_with(mask, _padding(program.graph, named[MASK], named[IDS], node))
+    readers = defaultdict[fx.Node, list[fx.Node]](list)
+    for node in program.graph.nodes:
+        if node.target is torch.ops.fxpress.cached_attention.default:
+            readers[node.args[5]].append(node)
+    for mask, nodes in readers.items() if MASK in named and IDS in named else ():
+        if all(_is_causal(program, mask, sizes) for sizes in TRIED):
+            padding = _padding(program.graph, named[MASK], named[IDS], nodes[0])
+            for node in nodes:
+                node.replace_input_with(mask, padding)
 
 
 def _is_causal(program: Program, mask: fx.Node, sizes: dict[str, int]) -> bool:
@@ -66,14 +72,11 @@ def _evaluated(program: Program, wanted: fx.Node, call: list[Any]) -> Any:
 
 def _padding(graph: fx.Graph, mask: fx.Node, ids: fx.Node, before: fx.Node) -> fx.Node:
     """`[B, 1, S, P + S] bool` of `mask: [B, P + S]`."""
+
+    def call(target: Any, *arguments: Any, **options: Any) -> fx.Node:
+        return take_place(graph.call_function(target, arguments, options), before)
+
     with graph.inserting_before(before):
-        kept = _call(graph, before, aten._to_copy.default, (mask,), {"dtype": torch.bool})
-        wide = _call(graph, before, aten.unsqueeze.default, (_call(graph, before, aten.unsqueeze.default, (kept, 1)), 2))
-        return _call(graph, before, aten.expand.default, (wide, [-1, -1, _call(graph, before, aten.sym_size.int, (ids, 1)), -1]))
-
-
-def _call(graph: fx.Graph, like: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
-    node = graph.call_function(target, args, kwargs or {})
-    node.meta = {k: v for k, v in like.meta.items() if k not in ("val", "fxpress_site")}
-    node.meta["val"] = call_fake(node)
-    return node
+        kept = call(aten._to_copy.default, mask, dtype=torch.bool)
+        wide = call(aten.unsqueeze.default, call(aten.unsqueeze.default, kept, 1), 2)
+        return call(aten.expand.default, wide, [-1, -1, call(aten.sym_size.int, ids, 1), -1])

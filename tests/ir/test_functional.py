@@ -67,3 +67,13 @@ def test_what_writes_is_traced_again() -> None:
     assert functional(exported) is None
     program = capturing.capture(Writes(), (torch.ones(3),))
     assert "aten.add_" not in " ".join(op_name(n) for n in program.graph.nodes) and torch.equal(program.run(torch.ones(3)), torch.full((3,), 3.0))
+
+
+class Drops(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.dropout(x, 0.5, True)
+
+
+def test_dropout_that_drops_is_taken_apart_by_the_second_trace() -> None:
+    exported = torch.export.export(Drops().eval(), (torch.ones(3),))
+    assert "aten.dropout" in [op_name(n) for n in exported.graph.nodes] and functional(exported) is None

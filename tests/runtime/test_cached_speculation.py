@@ -14,6 +14,7 @@ from fxpress.ir.errors import CalibrationError, LowerError
 from fxpress.ir.program import Program
 from fxpress.runtime.decoding import Decoder, OnnxDecoder, ProgramDecoder
 from fxpress.runtime.elastic import Elastic
+from fxpress.runtime.generation import generate
 from fxpress.runtime.speculative import speculate_cached
 
 from ..tiny import fresh_program, tokens
@@ -33,10 +34,7 @@ def nested() -> Program:
 def greedy(decoder: Decoder, ids: torch.Tensor, count: int) -> torch.Tensor:
     """Token after token."""
     decoder.start()
-    text = torch.cat([ids, decoder(ids)[:, -1:].argmax(-1)], 1)
-    for _ in range(count - 1):
-        text = torch.cat([text, decoder(text[:, -1:])[:, -1:].argmax(-1)], 1)
-    return text
+    return torch.cat([ids, torch.tensor([list(generate(decoder, ids[0], most=count))])], 1)
 
 
 @pytest.mark.parametrize("ahead", [1, 4])
