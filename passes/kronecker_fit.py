@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SOLVES = 2  # conjugate-gradient steps on the second core in a round (measured: 1 needs more rounds, 3 more time)
 SETTLED = 0.006  # a round that lowers the error by less than this share is the last
 FLOOR = 1e-4  # eigenvalues of S and D are raised to this share of the largest
-RIDGE = 1e-5  # of the whitened Gram's mean eigenvalue: where the data says nothing (fewer tokens than channels), cores stay near the weight itself
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2)  # of the whitened Gram's mean eigenvalue, the least that leaves it positive: rounding can make a float32 Gram indefinite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +49,19 @@ def whitening(gram: Tensor, modes: Modes) -> Whitening:
     outer = torch.einsum("idje,de->ij", blocks, _inverse(inner)) / d
     inner = torch.einsum("idje,ij->de", blocks, _inverse(outer)) / b
     (left, left_inverse), (right, right_inverse) = _roots(outer), _roots(inner)
-    half = _times(padded, left_inverse, right_inverse)
-    return Whitening(
-        outer=left,
-        outer_inverse=left_inverse,
-        inner=right,
-        inner_inverse=right_inverse,
-        gram=_ridged(_times(half.t().contiguous(), left_inverse, right_inverse)),
-    )
+    half = _times(padded.double(), left_inverse, right_inverse)
+    white = _positive(_times(half.t().contiguous(), left_inverse, right_inverse))
+    return Whitening(outer=left.float(), outer_inverse=left_inverse.float(), inner=right.float(), inner_inverse=right_inverse.float(), gram=white.float())
 
 
-def _ridged(gram: Tensor) -> Tensor:
-    mean = float(gram.diagonal().mean())
-    return (gram + RIDGE * max(mean, 1e-30) * torch.eye(len(gram))).contiguous()
+def _positive(gram: Tensor) -> Tensor:
+    """With a ridge: where the data says nothing (fewer tokens than channels), cores stay near the weight itself, and no step is without a bound."""
+    mean, eye = max(float(gram.diagonal().mean()), 1e-30), torch.eye(len(gram), dtype=gram.dtype)
+    for ridge in RIDGES:
+        ridged = gram + ridge * mean * eye
+        if not int(torch.linalg.cholesky_ex(ridged - 0.5 * ridge * mean * eye)[1]):
+            break
+    return ridged
 
 
 def _times(rows: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def _inverse(matrix: Tensor) -> Tensor:
 def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(matrix)
     root = values.clamp_min(max(FLOOR * float(values[-1]), 1e-30)).sqrt()
-    return ((vectors * root) @ vectors.t()).float(), ((vectors / root) @ vectors.t()).float()
+    return (vectors * root) @ vectors.t(), (vectors / root) @ vectors.t()
 
 
 class Fit:
