@@ -22,19 +22,23 @@ from .extras import require
 from .shared_data import CONTRIB
 
 CACHE_PROPERTY, IN_PLACE = "fxpress_cache", "in place"  # metadata of a file whose caches may be buffers
-MASKED = -1e30
+MASKED, MASKED_HALF = -1e30, -6e4
 ROTARY_MULTIPLE = 16  # of the width of heads, or ONNX Runtime does not turn them
 WHY = "exporting to ONNX"
 _DEFAULTS = {"scale": 1.0, "do_rotary": 0, "kv_cache_bit_width": 0, "k_quant_type": "NONE", "v_quant_type": "NONE"}
 
 
-def with_cached_attention(program: Program) -> tuple[Program, tuple[str, ...]]:
-    """A clone whose attentions over caches are one operator each, and notes on those that stay as they are."""
+def with_cached_attention(program: Program, *, contrib: bool) -> tuple[Program, tuple[str, ...]]:
+    """A clone whose attentions over caches are one operator each, and notes on those that stay as they are.
+
+    `contrib`: prepared for ONNX Runtime's own operator, whose caches may be buffers; else for the standard one.
+    """
     clone = program.clone()
     with Editor(clone, "onnx") as editor:
-        left = fuse_cached_attentions(editor, rotary_multiple=ROTARY_MULTIPLE)
-        leave_out_causality(editor)
-        if not left:
+        left = fuse_cached_attentions(editor, rotary_multiple=ROTARY_MULTIPLE if contrib else 2)
+        if contrib:
+            leave_out_causality(editor)
+        if contrib and not left:
             _measure_by_mask(clone)
     return clone, tuple(f"{count} attentions are spelled out: {why}" for why, count in Counter(left.values()).items())
 
@@ -53,6 +57,13 @@ def _measure_by_mask(program: Program) -> None:
             node.replace_all_uses_with(graph.call_function(operator.sub, tuple(sizes)))
 
 
+def masked(kind: Any) -> float:
+    """Bias of what may not be seen, finite in the element type `kind`."""
+    import onnx_ir as ir
+
+    return MASKED_HALF if kind == ir.DataType.FLOAT16 else MASKED
+
+
 def translation(op: Any) -> dict[Any, Callable[..., Any]]:
     """The operator as GroupQueryAttention; `op` is the onnxscript opset to write with."""
     import onnx_ir as ir
@@ -68,7 +79,7 @@ def translation(op: Any) -> dict[Any, Callable[..., Any]]:
     ) -> Any:  # fmt: skip
         total = op.Cast(op.Shape(mask, start=3, end=4), to=ir.DataType.INT32)
         lengths = op.Expand(op.Sub(total, number(1, ir.DataType.INT32)), op.Shape(mask, start=0, end=1))
-        bias = op.Where(mask, number(0.0, query.dtype), number(MASKED, query.dtype))
+        bias = op.Where(mask, number(0.0, query.dtype), number(masked(query.dtype), query.dtype))
         options: dict[str, Any] = {"do_rotary": 1} if cos is not None else {}
         options |= {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"} if key_scale is not None else {}
         units = [op.Cast(s, to=ir.DataType.FLOAT) for s in (key_scale, value_scale)] if key_scale is not None else []

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .branches import split_group_sums
-from .skip_norms import fuse_skip_norms
+from .rms_norms import fuse_rms_norms, fuse_skip_norms
+from .standard_attention import STANDARD_OPSET
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -59,6 +60,8 @@ def clean_up(model: onnx_ir.Model, *, contrib: bool = False) -> None:
     common.RemoveUnusedNodesPass()(model)
     if contrib:
         fuse_skip_norms(model)
+    elif model.opset_imports[""] >= STANDARD_OPSET:
+        fuse_rms_norms(model)
     split_group_sums(model)
     common.IdentityEliminationPass()(model)
     common.CommonSubexpressionEliminationPass()(model)

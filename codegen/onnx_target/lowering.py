@@ -23,6 +23,7 @@ from .products import merge_products
 from .shared_data import CONTRIB
 from .signature import apply_signature
 from .skeleton import DOMAIN, WHY, export_skeleton
+from .standard_attention import STANDARD_OPSET
 from .writer import Writer
 
 if TYPE_CHECKING:
@@ -55,11 +56,11 @@ class Onnx(Target["onnx_ir.Model"]):
         decoded = _decoded(program, set(refused)) if refused else program
         in_place, contrib = False, bool(program.inputs.caches) and not self.portable
         opset, notes = self._opset(decoded), mask_notes(formats.values())
-        if contrib:
-            decoded, left = with_cached_attention(decoded)
+        if contrib or (program.inputs.caches and opset >= STANDARD_OPSET):
+            decoded, left = with_cached_attention(decoded, contrib=contrib)
             notes += left
-            in_place = not left
-        model = export_skeleton(decoded, opset)
+            in_place = contrib and not left
+        model = export_skeleton(decoded, opset, contrib=contrib)
         writer = Writer(model.graph, opset, contrib=contrib)
         rows = _fill(model, decoded, writer) | _dense_rows(decoded, formats, refused)
         if self.merge:
@@ -77,7 +78,8 @@ class Onnx(Target["onnx_ir.Model"]):
     def _opset(self, program: Program) -> int:
         if self.opset is not None and self.opset < LOWEST_OPSET:
             raise LowerError(f"opset={self.opset}: block-wise DequantizeLinear needs opset >= {LOWEST_OPSET}; raise it or leave it out")
-        return self.opset or max((path.opset(s) for s in program.sites() if s.compressed and (path := _path(s))), default=LOWEST_OPSET)
+        lowest = STANDARD_OPSET if self.portable and program.inputs.caches else LOWEST_OPSET
+        return self.opset or max([lowest, *(path.opset(s) for s in program.sites() if s.compressed and (path := _path(s)))])
 
 
 def _path(site: WeightSite) -> OnnxPath | None:

@@ -14,7 +14,7 @@ from ...ir.edit import Editor
 from ...ir.errors import LowerError
 from ...ir.lifted import lifted
 from ...ir.program import Program
-from . import cached_attention
+from . import cached_attention, standard_attention
 from .extras import quiet, require
 from .translations import SYNONYMS, translations
 
@@ -25,13 +25,14 @@ DOMAIN = "fxpress"
 WHY = "exporting to ONNX"
 
 
-def export_skeleton(program: Program, opset: int) -> onnx_ir.Model:
+def export_skeleton(program: Program, opset: int, *, contrib: bool = False) -> onnx_ir.Model:
     """The ONNX graph of `program` at `opset`, each compressed site a node `fxpress::Site(data, bias)` whose attribute `name` is the site's."""
     empty = _emptied(program)
     with quiet():
         exported = lifted(empty)
         op = require("onnxscript", WHY).values.Opset("", opset)
-        table = _sites() | cached_attention.translation(op) | translations(exported.graph, op, opset)
+        attention = cached_attention if contrib else standard_attention
+        table = _sites() | attention.translation(op) | translations(exported.graph, op, opset)
         exported.run_decompositions = lambda *_: exported
         try:
             return _export(exported, opset, table)

@@ -1,4 +1,4 @@
-"""Sums that join the RMS norm behind them, and masks without their causal half: fewer operators, equal values, and nothing touched that is not that."""
+"""RMS norms as one operator, alone and with the sum before them, and masks without their causal half: fewer operators, equal values, and nothing touched that is not that."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fxpress.codegen.onnx_target.causal_masks import leave_out_causality
 from fxpress.codegen.onnx_target.cleanup import clean_up
 from fxpress.codegen.onnx_target.export import export_onnx
 from fxpress.codegen.onnx_target.lowering import Onnx
+from fxpress.codegen.onnx_target.rms_norms import fuse_rms_norms, fuse_skip_norms
 from fxpress.codegen.onnx_target.skeleton import export_skeleton
-from fxpress.codegen.onnx_target.skip_norms import fuse_skip_norms
 from fxpress.ir.cached_attention import fuse_cached_attentions
 from fxpress.ir.edit import Editor
 from fxpress.ir.nodes import op_name
@@ -51,6 +51,15 @@ def test_only_norms_of_sums_over_the_last_axis_are_fused() -> None:
     assert fuse_skip_norms(model) == 1
     skip = next(n for n in model.graph if n.op_type == SKIP)
     assert skip.domain == "com.microsoft" and skip.attributes["epsilon"].as_float() == pytest.approx(1e-5)
+    clean_up(model)  # takes out what is dead
+    assert fuse_rms_norms(model) == 2  # the product's and that of the sum with a constant
+
+
+def test_norms_in_standard_operators_from_opset_23_on(tmp_path: Path) -> None:
+    program = fxpress.capture(Norms().eval(), (torch.randn(2, 3, 8), torch.randn(2, 3, 8)))
+    report = export_onnx(program, tmp_path / "model.onnx", opset=23)
+    kinds = Counter(n.op_type for n in onnx.load(tmp_path / "model.onnx").graph.node)
+    assert (kinds["RMSNormalization"], kinds["Sqrt"]) == (3, 1) and report.max_error < 1e-6
 
 
 def test_a_language_model_runs_fewer_operators(tmp_path: Path) -> None:
@@ -58,7 +67,8 @@ def test_a_language_model_runs_fewer_operators(tmp_path: Path) -> None:
     export_onnx(captured(), tmp_path / "portable.onnx", portable=True)
     kinds, portable = (Counter(n.op_type for n in onnx.load(tmp_path / name).graph.node) for name in ("model.onnx", "portable.onnx"))
     assert kinds[SKIP] == 4 and kinds["Sqrt"] == 1 and kinds["GatherND"] == kinds["LessOrEqual"] == 0  # the first norm follows the embedding
-    assert portable[SKIP] == 0 and portable["Sqrt"] == 5 and portable["LessOrEqual"]
+    assert portable[SKIP] == portable["Sqrt"] == portable["Softmax"] == 0 and portable["LessOrEqual"]
+    assert (portable["RMSNormalization"], portable["Attention"], portable["RotaryEmbedding"]) == (5, 2, 4)
     assert report.max_error < 1e-5 and Onnx(portable=True).lower(captured()).artifact.opset_imports.keys() == {""}
 
 

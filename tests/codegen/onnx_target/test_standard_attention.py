@@ -1,0 +1,31 @@
+"""Attention over caches in standard operators: which files have it, from which opset on, and that what is masked stays finite."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir
+import pytest
+
+from fxpress.codegen.onnx_target.cached_attention import masked
+from fxpress.codegen.onnx_target.export import export_onnx
+
+from ...runtime.test_serving import captured
+
+
+@pytest.mark.parametrize(("opset", "attentions"), [(None, 2), (21, 0), (24, 2)])
+def test_portable_files_have_one_attention_a_layer_from_opset_23_on(opset: int | None, attentions: int, tmp_path: Path) -> None:
+    report = export_onnx(captured(), tmp_path / "model.onnx", portable=True, opset=opset)
+    model = onnx.load(tmp_path / "model.onnx")
+    kinds = Counter(n.op_type for n in model.graph.node)
+    assert report.opset == (opset or 23) and [o.domain for o in model.opset_import] == [""] and report.max_error < 1e-5
+    assert kinds["Attention"] == attentions and kinds["RotaryEmbedding"] == 2 * attentions and kinds["Softmax"] == 2 - attentions
+    assert not report.caches_in_place
+
+
+def test_what_is_masked_stays_finite_in_every_type() -> None:
+    for kind in (onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16):
+        assert np.isfinite(kind.numpy().type(masked(kind))) and masked(kind) < -5e4
