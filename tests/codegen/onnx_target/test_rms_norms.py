@@ -1,4 +1,4 @@
-"""RMS norms as one operator, alone and with the sum before them, and masks without their causal half: fewer operators, equal values, and nothing touched that is not that."""
+"""RMS norms as one operator, alone and with the sum before them; masks without their causal half; equal values, and nothing touched that is not that."""
 
 from __future__ import annotations
 
