@@ -48,6 +48,7 @@ NESTED = {
     "nested: all widths in every step (joint)": "joint=true,probabilities=[1,1,1,1],",
     "nested: joint, weights .1 .15 .25 .5": "joint=true,probabilities=[0.1,0.15,0.25,0.5],",
     "nested: joint, weights .1 .15 .25 .6, mixes": "joint=true,probabilities=[0.1,0.15,0.25,0.6],mixes=9,",
+    "nested: joint, weights .08 .12 .2 .6": "joint=true,probabilities=[0.08,0.12,0.2,0.6],",
     "nested: joint, weights .25 .2 .2 .35": "joint=true,probabilities=[0.25,0.2,0.2,0.35],",
 }
 
