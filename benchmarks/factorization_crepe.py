@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from equal_macs import fitting_spec
 from pitch_data import CHUNK, SAMPLES, Tones, accuracy, activations, agreement, synthesise
 from recovery import set_batch_norm
 from torch import Tensor
@@ -130,28 +131,9 @@ def export(program: Program, file: Path) -> None:
     Result(program=program, reports=(), recipe=fxpress.Recipe(())).export_onnx(file)
 
 
-def planned_macs(net: Net, spec: str) -> int:
-    """Multiply-adds a frame after a pass, without its data."""
-    clone, ctx = net.dense.clone(), Context()
-    for one in as_recipe(spec.split(" -> ")).passes:
-        one.preview(clone, one.analyze(clone, ctx), ctx)
-    return macs(clone)
-
-
-def fitting_spec(net: Net, method: Method) -> str:
-    """The method with the largest ratio that leaves no more than its share of the multiply-adds."""
-    if method.share is None:
-        return method.spec
-    low, high = 0.0, 1.0
-    for _ in range(9):
-        middle = (low + high) / 2
-        low, high = (middle, high) if planned_macs(net, method.spec % f"{middle:.5f}") <= method.share * net.macs else (low, middle)
-    return method.spec % f"{low:.5f}"
-
-
 def row_of(net: Net, name: str, method: Method) -> dict[str, Any]:
     """Factorize, keep, and judge; where the accuracy fell, also with the batch norms' statistics taken anew."""
-    spec = fitting_spec(net, method)
+    spec = fitting_spec(net.dense, method.spec, method.share)
     print(f"{name}: {spec}", flush=True)
     tones, _ = net.tones("calibration")
     began = time.perf_counter()
