@@ -7,7 +7,6 @@ program, whatever the model's own code between projections and product looks lik
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from .edit import Editor
+from .evaluation import value_of
 from .finders.flow import short_name
 from .int8_caches import LIMIT, GrownCache, dequantized, grown_cache
-from .nodes import argument, get_tensor
+from .nodes import argument
 from .shapes import ensure_values, take_place
 
 aten = torch.ops.aten
@@ -166,25 +166,18 @@ class _Tables:
 
     def _table(self, node: fx.Node) -> Tensor | None:
         try:
-            table = self._value(node)
+            table = value_of(self._editor.program, node, self._given)
         except LookupError:
             return None
         rows = table.flatten(0, -2)
         half = rows.shape[-1] // 2
         return rows[:, :half].contiguous() if len(rows) == self._longest and torch.equal(rows[:, :half], rows[:, half:]) else None
 
-    def _value(self, node: Any) -> Any:
-        if not isinstance(node, fx.Node):
-            return [self._value(n) for n in node] if isinstance(node, (list, tuple)) else node
-        if node.op == "get_attr":
-            return get_tensor(self._editor.program.graph_module, str(node.target))
+    def _given(self, node: fx.Node) -> Tensor | None:
+        """All positions, where the node is some."""
         known = node.meta.get("val")
-        if isinstance(known, Tensor) and known.dtype is torch.int64 and known.dim() == 2:
-            return torch.arange(self._longest).unsqueeze(0)  # the positions
-        if node.op != "call_function" or not isinstance(known, Tensor):
-            raise LookupError
-        call: Callable[..., Any] = node.target  # type: ignore[assignment]
-        return call(*map(self._value, node.args), **{k: self._value(v) for k, v in node.kwargs.items()})
+        positions = isinstance(known, Tensor) and known.dtype is torch.int64 and known.dim() == 2
+        return torch.arange(self._longest).unsqueeze(0) if positions else None
 
 
 def _replace(editor: Editor, found: _Found, tables: _Tables) -> None:

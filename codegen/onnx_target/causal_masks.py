@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ...ir.edit import Editor
-from ...ir.nodes import get_tensor
+from ...ir.evaluation import value_of
 from ...ir.program import Program
 from ...ir.shapes import take_place
 
@@ -38,36 +38,14 @@ def _is_causal(program: Program, mask: fx.Node, sizes: dict[str, int]) -> bool:
     args, kwargs = program.inputs.sized(sizes)
     held = torch.ones_like(kwargs[MASK])
     held[0, :2] = 0
-    call = program.inputs.flatten(args, kwargs | {MASK: held})
+    placeholders = (n for n in program.graph.nodes if n.op == "placeholder")
+    given = dict(zip(placeholders, program.inputs.flatten(args, kwargs | {MASK: held}), strict=True))
     try:
-        value = _evaluated(program, mask, call)
+        value = value_of(program, mask, given.get)
     except LookupError:
         return False
     causal = torch.ones(sizes["new"], held.shape[1], dtype=torch.bool).tril(sizes["past"])
     return isinstance(value, Tensor) and torch.equal(value, (causal & held.bool()[:, None, None, :]).expand_as(value))
-
-
-def _evaluated(program: Program, wanted: fx.Node, call: list[Any]) -> Any:
-    """The node's value for the flat inputs, from no more than what it needs."""
-    needed, waiting = set[fx.Node](), [wanted]
-    while waiting:
-        node = waiting.pop()
-        waiting += [n for n in node.all_input_nodes if n not in needed]
-        needed.add(node)
-        if len(needed) > 500:
-            raise LookupError
-    given, known = iter(call), dict[fx.Node, Any]()
-    for node in program.graph.nodes:
-        value = next(given) if node.op == "placeholder" else None
-        if node not in needed:
-            continue
-        if node.op == "get_attr":
-            value = get_tensor(program.graph_module, str(node.target))
-        elif node.op == "call_function":
-            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-            value = node.target(*args, **kwargs)
-        known[node] = value
-    return known[wanted]
 
 
 def _padding(graph: fx.Graph, mask: fx.Node, ids: fx.Node, before: fx.Node) -> fx.Node:
