@@ -67,9 +67,14 @@ def shared_terms(inputs: int, outputs: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(inputs, terms, 1, bias=False), *along, nn.Conv2d(terms, outputs, 1))
 
 
-def separable(inputs: int, outputs: int) -> nn.Module:
-    """Depthwise 3 x 3, then 1 x 1 (MobileNet)."""
-    return nn.Sequential(nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False), nn.Conv2d(inputs, outputs, 1))
+def separable(inputs: int, outputs: int, kernel: int = 3) -> nn.Module:
+    """Depthwise, then 1 x 1 (MobileNet)."""
+    return nn.Sequential(nn.Conv2d(inputs, inputs, kernel, padding=kernel // 2, groups=inputs, bias=False), nn.Conv2d(inputs, outputs, 1))
+
+
+def wide(inputs: int, outputs: int) -> nn.Module:
+    """A 5 x 5 convolution: as one-way filters hardly more than 3 x 3."""
+    return nn.Conv2d(inputs, outputs, 5, padding=2)
 
 
 METHODS = {
@@ -77,8 +82,10 @@ METHODS = {
     "one-way, 1 term": Method(before=(ONE_WAY % 1,), after=(FACTORED,)),
     "one-way, 1 term, wider": Method(step=40, field=(20, 40, 80), before=(ONE_WAY % 1,), after=(FACTORED,)),
     "one-way, 2 terms": Method(before=(ONE_WAY % 2,), after=(FACTORED,)),
+    "one-way, 1 term, 5 x 5": Method(conv=wide, before=("oneway_conv{terms=1,start=fresh}",)),  # trains faster filter by filter
     "one-way, shared terms (CP)": Method(conv=shared_terms),
     "depthwise-separable": Method(conv=separable),
+    "depthwise-separable, 5 x 5": Method(conv=partial(separable, kernel=5)),
     "dense, narrow": Method(step=12, field=(6, 12, 24)),  # about as many parameters as with one term
 }
 
