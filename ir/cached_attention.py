@@ -81,16 +81,18 @@ class _Found:
     tables: tuple[fx.Node, fx.Node] | None
 
 
-def fuse_cached_attentions(editor: Editor, *, rotary_multiple: int = 2) -> dict[str, str]:
+def fuse_cached_attentions(editor: Editor, *, rotary_multiple: int = 2, multiple: int = 1) -> dict[str, str]:
     """Put the operator where it fits; returns, for every other attention, its node's name and the reason.
 
-    It turns by itself only heads whose width is a multiple of `rotary_multiple`; others come turned.
+    It takes heads whose width is a `multiple`, and turns by itself only those of a multiple of `rotary_multiple`; others come turned.
     """
     program = editor.program
     ensure_values(program)
     left, tables = {}, _Tables(editor)
     for node in [n for n in program.graph.nodes if short_name(n) == "aten.scaled_dot_product_attention"]:
         found = _find(node, program.cache_nodes, tables, rotary_multiple)
+        if isinstance(found, _Found) and (width := int(found.query.meta["val"].shape[-1])) % multiple:
+            found = f"its heads are {width} wide, which is no multiple of {multiple}"
         if isinstance(found, str):
             left[node.name] = found
         else:

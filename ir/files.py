@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from .errors import ArtifactError
@@ -25,9 +26,13 @@ def cache_dir() -> Path:
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield a scratch folder beside `target`; on success it takes the target's place, on failure it vanishes."""
+def atomic_folder(target: Path, *, own: Sequence[str]) -> Iterator[Path]:
+    """Yield a scratch folder beside `target`; on success it takes the target's place, on failure it vanishes.
+
+    `own`: patterns of the names that may be replaced. A folder with any other file, or a file in its place, is refused (`ArtifactError`) before any work.
+    """
     target = Path(target)
+    _refuse_foreign(target, own)
     scratch = _scratch_beside(target)
     try:
         yield scratch
@@ -51,6 +56,16 @@ def atomic_file(target: Path) -> Iterator[Path]:
         raise ArtifactError(f"cannot write {target}: {error.strerror or error}; free space or choose another folder") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _refuse_foreign(target: Path, own: Sequence[str]) -> None:
+    """The whole folder is replaced: never one that holds what is not ours to remove."""
+    if target.is_dir():
+        foreign = sorted(p.name for p in target.iterdir() if not any(fnmatch(p.name, pattern) for pattern in own))
+        if foreign:
+            raise ArtifactError(f"cannot write {target}: it holds other files ({', '.join(foreign[:3])}), which saving would remove; choose a new folder")
+    elif target.exists():
+        raise ArtifactError(f"cannot write {target}: it is a file; choose a folder")
 
 
 def _scratch_beside(target: Path) -> Path:

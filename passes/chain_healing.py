@@ -23,6 +23,7 @@ from .base import Need
 from .calibrate import CalibrationWalk, Statistics
 from .context import Context
 from .factorizing import MATRICES
+from .relative import relative_error
 from .trainable import Healing, Part, readers, zero_mask
 from .training_options import TrainingOptions
 
@@ -125,7 +126,7 @@ def output_error(matrix: Tensor, target: Tensor, gram: Tensor) -> float:
     """`sqrt(tr((W - W') C (W - W')^T) / tr(W C W^T))`, in float64."""
     delta, whole, metric = (matrix - target).double(), target.double(), gram.double()
     power = float(((whole @ metric) * whole).sum())
-    return (max(float(((delta @ metric) * delta).sum()), 0.0) / max(power, 1e-300)) ** 0.5
+    return relative_error(float(((delta @ metric) * delta).sum()), power)
 
 
 class _Walk(CalibrationWalk):

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..ir.chain import Chain, Convolution, run
 from ..ir.site_calls import conv_geometry
 from ..ir.sites import WeightSite
+from .relative import relative_error
 
 WIDEST = 2048  # inputs of a last factor that is still fitted: its solves are cubic in them
 ROWS = 2**14  # of the last factor's inputs, and places of the data, beyond which whole images are left out, evenly
@@ -90,7 +91,7 @@ class ConvData:
             wanted = self._outputs(x, matrix)
             left += float((run(chain, x) - wanted).double().square().sum())
             power += float(wanted.double().square().sum())
-        return (left / max(power, 1e-300)) ** 0.5
+        return relative_error(left, power)
 
     def _outputs(self, x: Tensor, matrix: Tensor) -> Tensor:
         stride, padding, dilation = conv_geometry(self.site)
@@ -140,13 +141,16 @@ class _Moments:
         return total
 
     def solved(self, old: Tensor, damping: float) -> Tensor:
-        """The factor of least squares, damped towards `old: [F, K]`."""
-        amount = max(damping * float(self.gram.diagonal().mean()), 1e-30)
-        inner = self.gram + amount * torch.eye(len(self.gram), dtype=torch.float64)
-        found: Tensor = torch.cholesky_solve((self.cross + amount * old).t(), torch.linalg.cholesky(inner)).t()
-        return found
+        """The factor of least squares, damped towards `old: [F, K]`, by more where rounding leaves the moments indefinite."""
+        amount, eye = max(damping * float(self.gram.diagonal().mean()), 1e-30), torch.eye(len(self.gram), dtype=torch.float64)
+        for _ in range(10):
+            lower, failed = torch.linalg.cholesky_ex(self.gram + amount * eye)
+            if not int(failed):
+                return torch.cholesky_solve((self.cross + amount * old).t(), lower).t()
+            amount *= 10
+        return old
 
     def error(self, factor: Tensor) -> float:
         """Relative error of the outputs."""
         left = self.power - 2 * float((factor * self.cross).sum()) + float(((factor @ self.gram) * factor).sum())
-        return (max(left, 0.0) / max(self.power, 1e-300)) ** 0.5
+        return relative_error(left, self.power)

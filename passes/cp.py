@@ -92,7 +92,7 @@ def _sweeps(tensor: Tensor, factors: list[Tensor], ridge: float, count: int) -> 
         for mode in range(tensor.dim()):
             gram = reduce(torch.mul, (f.t() @ f for i, f in enumerate(factors) if i != mode))
             right = _contracted(tensor, factors, mode)
-            damping = max(ridge * float(gram.diagonal().mean()), 1e-12)
+            damping = max(ridge * float(gram.diagonal().mean()), 1e-30)
             new = torch.linalg.solve(gram + damping * torch.eye(len(gram), dtype=gram.dtype), right.t()).t()
             left = power - 2 * float((new * right).sum()) + float((new.t() @ new * gram).sum())
             factors[mode] = new

@@ -25,6 +25,7 @@ from .cp import STARTS, SWEEPS, Canonical, decompose, khatri_rao
 from .factorize_svd import Metric
 from .factorizing import Factorization, empty
 from .kronecker_sum import roots
+from .relative import relative_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ class FactorizeCp(Factorization):
         tensor = matrix.view(_sizes(site)).double()
         data = ConvData(site, statistics.inputs) if self.metric is Metric.INPUT and statistics is not None and statistics.inputs else None
         found = self._terms(tensor, self._rank(site), data)
-        facts = {"rank": float(self._rank(site)), "terms": found.terms / float(tensor.norm())}
+        facts = {"rank": float(self._rank(site)), "terms": found.terms / max(float(tensor.norm()), 1e-300)}
         if data is not None:
             fitted, error = data.fitted(_chain(site, [f.float() for f in found.factors]), matrix)
             return fitted, facts | {"output_error": error}
@@ -96,7 +97,7 @@ class FactorizeCp(Factorization):
             found = _fitted(found, matrix.double(), gram)
         delta = found.tensor().flatten(1) - matrix.double()
         left, power = (float((x @ gram * x).sum() if gram is not None else x.square().sum()) for x in (delta, matrix.double()))
-        facts["weight_error" if gram is None else "output_error"] = (max(left, 0.0) / max(power, 1e-300)) ** 0.5
+        facts["weight_error" if gram is None else "output_error"] = relative_error(left, power)
         return _chain(site, [f.float() for f in found.factors]), facts
 
     def _terms(self, tensor: Tensor, rank: int, data: ConvData | None) -> Canonical:
@@ -119,7 +120,13 @@ def _fitted(found: Canonical, matrix: Tensor, gram: Tensor) -> Canonical:
     damping = max(1e-7 * float(inner.diagonal().mean()), 1e-30)
     cross = (matrix @ gram @ filters.t()) + damping * found.factors[0]  # damped towards the old factor
     first = torch.linalg.solve(inner + damping * torch.eye(len(inner), dtype=inner.dtype), cross.t()).t()
-    return Canonical(factors=(first, *found.factors[1:]))
+    fitted = Canonical(factors=(first, *found.factors[1:]))
+
+    def left(one: Canonical) -> float:
+        delta = one.tensor().flatten(1) - matrix
+        return float((delta @ gram * delta).sum())
+
+    return min(fitted, found, key=left)
 
 
 def _sizes(site: WeightSite) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from .calibrate import Statistics, site_rows, why_not_observable
 from .conv_data import ConvData
 from .factorize_svd import Metric
 from .factorizing import Factorization, empty
+from .relative import relative_error
 from .tucker import Tucker2, decompose, energy_rank, evbmf_rank
 from .tucker_taps import Metrics, Sizes, Whitened, balanced, within
 
@@ -207,20 +208,16 @@ def _sizes(site: WeightSite) -> Sizes:
 
 
 def _gram(site: WeightSite, data: ConvData) -> Tensor:
-    """Of the patches, `[C P, C P] f32`."""
-    found = Statistics()
-    for rows in (rows for x in data.inputs for rows in site_rows(site, x)):
-        found.add(rows, Need.GRAM)
-    found.finish()
-    assert found.gram is not None
-    return found.gram[0]
+    """Of the patches, `[C P, C P] f64`: float32 would hide small errors behind a large mean."""
+    taken = [rows.double() for x in data.inputs for rows in site_rows(site, x)]
+    return sum((rows.t() @ rows for rows in taken[1:]), taken[0].t() @ taken[0]) / sum(len(rows) for rows in taken)
 
 
 def _error(found: Tensor, kernel: Tensor, gram: Tensor | None) -> float:
     """Relative error of a kernel `[F, C, P]`, or of what it makes of data with this Gram."""
     delta, whole = (found - kernel).flatten(1).double(), kernel.flatten(1).double()
     left, power = (float((x @ gram.double() * x).sum()) if gram is not None else float(x.square().sum()) for x in (delta, whole))
-    return (max(left, 0.0) / max(power, 1e-300)) ** 0.5
+    return relative_error(left, power)
 
 
 def _of(site: WeightSite, found: Tucker2) -> Chain:

@@ -20,8 +20,16 @@ if TYPE_CHECKING:
 
 SOLVES = 2  # conjugate-gradient steps on the second core in a round (measured: 1 needs more rounds, 3 more time)
 SETTLED = 0.006  # a round that lowers the error by less than this share is the last
+NOISE = 1e-6  # what float32 leaves of a share of the squared error that is none
 FLOOR = 1e-4  # eigenvalues of S and D are raised to this share of the largest
-RIDGES = (1e-5, 1e-4, 1e-3, 1e-2)  # of the whitened Gram's mean eigenvalue, the least that leaves it positive: rounding can make a float32 Gram indefinite
+RIDGES = (
+    1e-5,
+    1e-4,
+    1e-3,
+    1e-2,
+    0.1,
+    1.0,
+)  # of the whitened Gram's mean eigenvalue: the least that makes it positive, which rounding can undo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +68,8 @@ def _positive(gram: Tensor) -> Tensor:
     for ridge in RIDGES:
         ridged = gram + ridge * mean * eye
         if not int(torch.linalg.cholesky_ex(ridged - 0.5 * ridge * mean * eye)[1]):
-            break
-    return ridged
+            return ridged
+    return mean * eye
 
 
 def _times(rows: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
@@ -103,7 +111,7 @@ class Fit:
             self._solve_first()
             residual = self._improve_second()
             self.share = self._share(residual)
-            if not self.share < before[2]:
+            if not -NOISE <= self.share < before[2]:
                 self.first, self.second, self.share = before
                 return False
             if self.share > (1 - SETTLED) ** 2 * before[2]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..ir.chain import AddBias, Chain, Cut, Flatten, Link, Pad, Product, Swap, Unflatten
 from .kronecker_fit import Fit, Whitening, rearranged, whitening
+from .relative import relative_error
 from .spectra import spectrum
 
 
@@ -109,7 +110,7 @@ def _error(cores: Cores, matrix: Tensor, gram: Tensor) -> float:
     wide, w = gram.double(), matrix.double()
     delta = cores.matrix().double() - w
     left, power = (float(((rows @ wide) * rows).sum()) for rows in (delta, w))
-    return (max(left, 0.0) / max(power, 1e-300)) ** 0.5
+    return relative_error(left, power)
 
 
 def roots(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from ..ir.errors import PassError
+from .relative import relative_error
 from .spectra import spectrum
+
+FLOOR = 1e-6  # of a neuron's own energy: what is left of it below that is rounding of a float32 Gram
 
 
 def ridge_leverage(gram: Tensor, ridge: float = 0.01) -> Tensor:
@@ -32,13 +35,15 @@ def greedy_neurons(gram: Tensor, down: Tensor, count: int, block: int = 32) -> t
     """
     residual = gram.double().clone()
     outputs = residual @ down.double().t()  # [M, N]: R down^T
-    floor = 1e-10 * float(residual.diagonal().max())
+    floor = FLOOR * residual.diagonal()
     kept, gained = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
     left = torch.ones(len(residual), dtype=torch.bool)
     while len(kept) < count:
         gains = _gains(outputs, residual.diagonal(), left, floor)
         candidates = gains.argsort(descending=True)[: block + 1]
-        picked, own = _best_of(residual, outputs, candidates[:block], float(gains[candidates[-1]]) if len(candidates) > block else 0.0, floor)
+        picked, own = _best_of(
+            residual, outputs, candidates[:block], float(gains[candidates[-1]]) if len(candidates) > block else 0.0, floor[candidates[:block]]
+        )
         if len(picked) == 0:
             break
         kept, gained = torch.cat([kept, picked]), torch.cat([gained, own])
@@ -51,12 +56,12 @@ def greedy_neurons(gram: Tensor, down: Tensor, count: int, block: int = 32) -> t
     return torch.cat([kept, rest]), torch.cat([gained, torch.zeros(len(rest), dtype=torch.float64)])
 
 
-def _gains(outputs: Tensor, diagonal: Tensor, left: Tensor, floor: float) -> Tensor:
+def _gains(outputs: Tensor, diagonal: Tensor, left: Tensor, floor: Tensor) -> Tensor:
     """What every neuron explains, 0 where it is taken or has nothing of its own."""
     return torch.where(left & (diagonal > floor), outputs.square().sum(1) / diagonal.clamp_min(1e-300), torch.zeros((), dtype=torch.float64))
 
 
-def _best_of(residual: Tensor, outputs: Tensor, candidates: Tensor, ahead: float, floor: float) -> tuple[Tensor, Tensor]:
+def _best_of(residual: Tensor, outputs: Tensor, candidates: Tensor, ahead: float, floor: Tensor) -> tuple[Tensor, Tensor]:
     """Candidates one after another, each given those before it, while the best still explains more than `ahead`."""
     r, o = residual[candidates][:, candidates].clone(), outputs[candidates].clone()
     left = torch.ones(len(candidates), dtype=torch.bool)
@@ -95,7 +100,7 @@ def nystrom(gram: Tensor, down: Tensor, kept: Tensor) -> Tensor:
 def output_error(gram: Tensor, old: Tensor, new: Tensor) -> float:
     """Relative error of `new @ h` for `old @ h`, both `[N, M]`, on data of Gram `[M, M]`."""
     delta, c = (new.double() - old.double()), gram.double()
-    return max(float(((delta @ c) * delta).sum()) / max(float(((old.double() @ c) * old).sum()), 1e-300), 0.0) ** 0.5
+    return relative_error(float(((delta @ c) * delta).sum()), float(((old.double() @ c) * old).sum()))
 
 
 def pair_scores(queries: Tensor, keys: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def _sweep(maps: Tensor, terms: int, ridge: float, generator: torch.Generator, *
         for mode in range(len(factors)):
             others = [f for i, f in enumerate(factors) if i != mode]
             gram = reduce(torch.mul, (f.transpose(1, 2) @ f for f in others))
-            damping = (ridge * gram.diagonal(dim1=1, dim2=2).mean(1)).clamp_min(1e-12)
+            damping = (ridge * gram.diagonal(dim1=1, dim2=2).mean(1)).clamp_min(1e-30)
             right = maps.movedim(mode + 1, 1).flatten(2) @ khatri_rao(others)
             eye = torch.eye(terms, dtype=maps.dtype)
             factors[mode] = torch.linalg.solve(gram + damping.view(-1, 1, 1) * eye, right.transpose(1, 2)).transpose(1, 2)

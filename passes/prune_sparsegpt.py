@@ -22,6 +22,7 @@ from .column_solver import row_slices, shared_solver
 from .mask_search import Proximal, proximal, search_mask
 from .pruning import Pruning
 from .refit import damped, refit
+from .relative import relative_error
 from .removal import Removal, balanced, unstructured
 
 LAZY = 128  # columns whose pushes onto the rest of the matrix are gathered into one product
@@ -78,7 +79,7 @@ class PruneSparsegpt(Pruning):
             removal = self._removal(part, gram.diagonal() == 0, asked - before)
             pruned[rows] = self._solve(part, self._terms(statistics, group, site), removal).to(matrix.dtype)
             error, power = error + _energy(pruned[rows].float() - part, gram), power + _energy(part, gram)
-        return pruned, {"output_error": (error / max(power, 1e-30)) ** 0.5}
+        return pruned, {"output_error": relative_error(error, power)}
 
     def _removal(self, part: Tensor, dead: Tensor, count: int) -> Removal:
         return balanced(part, dead, self.pattern) if self.pattern else unstructured(part, dead, count, self.block_size)

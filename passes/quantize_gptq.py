@@ -25,6 +25,7 @@ from .column_solver import factor as factor
 from .context import Context
 from .quantizing import AffineQuantization
 from .ranges import RangeSearch, find_range
+from .relative import relative_error
 
 BLOCK = 128
 
@@ -74,7 +75,7 @@ class QuantizeGptq(AffineQuantization):
             error, power = error + float(((delta @ gram) * delta).sum()), power + float(((part @ gram) * part).sum())
             codes, scales, zeros = [*codes, q], [*scales, scale], [*zeros, zero]
         scale, zero = whole or (torch.cat(scales), torch.cat(zeros))
-        facts = {"output_error": (error / max(power, 1e-30)) ** 0.5, "tokens": float(statistics.tokens)}
+        facts = {"output_error": relative_error(error, power), "tokens": float(statistics.tokens)}
         return self.write(editor, site, matrix, fmt, fmt.pack(torch.cat(codes), scale, zero), facts, f"GPTQ under {statistics.tokens:,} calibration rows")
 
     def _solver(self, statistics: Statistics, group: int, site: WeightSite) -> ColumnSolver:

@@ -63,7 +63,7 @@ class SearchWidths(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.shares or any(not 0 < s < 1 for s in self.shares) or sorted(self.shares, reverse=True) != list(self.shares):
+        if not self.shares or any(not 0 < s < 1 for s in self.shares) or sorted(set(self.shares), reverse=True) != list(self.shares):
             raise SpecError(f"{self.name}: shares must fall and lie between 0 and 1, for example shares=[0.75,0.5]; got {list(self.shares)}")
 
     def analyze(self, program: Program, ctx: Context) -> Plan:

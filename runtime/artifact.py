@@ -56,13 +56,12 @@ def save(
     that are no registered torch operators, unregistered pytree types), `VerifyError` when the program is not valid; then nothing is left behind.
     """
     target = Path(folder).absolute()
-    _refuse_foreign(target)
     program.verify()
     graph = graph_to_json(program.graph_module)
     weights, layout = pack_tensors(dict(named_tensors(program.graph_module)))
     described, examples = _inputs_to_json(program.inputs)
     recipe = recipe or Recipe(())
-    with atomic_folder(target) as scratch:
+    with atomic_folder(target, own=(*FILES, MANIFEST)) as scratch:
         write_tensors(scratch / "model.safetensors", weights)
         write_tensors(scratch / "inputs.safetensors", examples)
         (scratch / "graph.json").write_text(dump_json(graph), encoding="utf-8")
@@ -108,16 +107,6 @@ def load(folder: str | Path, *, device: str = "cpu") -> Loaded:
     for note in notes:
         warnings.warn(f"{root}: {note}", UserWarning, stacklevel=2)
     return Loaded(program, reports, recipe, manifest, (*notes, *unread))
-
-
-def _refuse_foreign(target: Path) -> None:
-    """Saving replaces the whole folder: never one that holds anything but an artefact."""
-    if target.is_dir():
-        foreign = sorted(p.name for p in target.iterdir() if p.name not in (*FILES, MANIFEST))
-        if foreign:
-            raise ArtifactError(f"cannot write {target}: it holds other files ({', '.join(foreign[:3])}), which saving would remove; choose a new folder")
-    elif target.exists():
-        raise ArtifactError(f"cannot write {target}: it is a file; choose a folder")
 
 
 def _read_manifest(root: Path) -> Manifest:

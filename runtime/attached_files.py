@@ -18,6 +18,7 @@ from ..ir.errors import ArtifactError, LowerError, MissingExtraError
 from ..ir.files import atomic_folder
 from ..ir.weights import named_tensors, set_tensor
 from .compressed_modules import CompressedConv, CompressedEmbedding, CompressedLinear, CompressedWeight, as_decoding, stand_in, write_sizes
+from .folders import CONFIGS, TOKENIZER
 from .tensor_files import pack_tensors, read_tensors, same_values, unpack_tensors, write_tensors
 
 TENSORS, MODULES = "fxpress.safetensors", "fxpress.json"
@@ -39,7 +40,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, tokenizer: Any = No
     stored, layout = pack_tensors(dict(named_tensors(model)))
     modules = {path: _described(m) for path, m in model.named_modules() if isinstance(m, CompressedWeight)}
     folded = [path for path, m in model.named_modules() if type(m) is nn.Identity]
-    with atomic_folder(Path(folder)) as scratch:
+    with atomic_folder(Path(folder), own=(TENSORS, MODULES, *CONFIGS, *TOKENIZER)) as scratch:
         config.save_pretrained(scratch)
         if generation is not None:
             generation.save_pretrained(scratch)
@@ -59,7 +60,11 @@ def from_pretrained(folder: str | Path) -> nn.Module:
     """
     root, transformers = Path(folder), _transformers()
     record = _read(root)
-    config = transformers.AutoConfig.from_pretrained(root, trust_remote_code=False)
+    try:
+        config = transformers.AutoConfig.from_pretrained(root, trust_remote_code=False)
+        generation = transformers.GenerationConfig.from_pretrained(root) if (root / "generation_config.json").exists() else None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{root}: a config is missing or damaged ({error}); save the folder again") from error
     kind = getattr(transformers, (config.architectures or [""])[0], None)
     if kind is None:
         raise ArtifactError(f"{root}: the config names the class {config.architectures}, which this transformers {transformers.__version__} does not have")
@@ -70,8 +75,8 @@ def from_pretrained(folder: str | Path) -> nn.Module:
     for path in record["folded"]:
         _put(model, path, nn.Identity())
     _bind(model, tensors, root)
-    if (root / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(root)
+    if generation is not None:
+        model.generation_config = generation
     return model.requires_grad_(requires_grad=False)
 
 
@@ -156,6 +161,7 @@ def _read(root: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads((root / MODULES).read_text(encoding="utf-8"))
         version = record["version"]
+        record["modules"], record["folded"], record["tensors"]
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{root / MODULES} is damaged: {type(error).__name__}: {error}; save the folder again") from error
     if version != VERSION:

@@ -82,6 +82,7 @@ def run_optimize(request: OptimizeRequest) -> None:
     if request.calibration is not None:
         calibration = source.text_batches(request.calibration, windows=request.windows, length=request.length)
     options: dict[str, Any] = {"calibration": calibration, "seed": request.seed}
+    tokenizer = _tokenizer(source) if request.serve else None
     program = capture_causal_lm(source.model) if request.serve else source.capture()
     if request.dry_run:
         typer.echo(optimize(program, request.passes, dry_run=True, **options))
@@ -90,7 +91,7 @@ def run_optimize(request: OptimizeRequest) -> None:
     result.save(request.out / "artifact")
     text = result.summary()
     if request.serve:
-        text += str(result.save_serving(request.out / "serving", source.model, _tokenizer(source), progress=True)) + "\n"
+        text += str(result.save_serving(request.out / "serving", source.model, tokenizer, progress=True)) + "\n"
     elif request.onnx:
         text += str(result.export_onnx(request.out / "model.onnx", progress=True)) + "\n"
     if request.target is not None:

@@ -146,8 +146,11 @@ class OnnxDecoder:
         if rows > 1 and new > 1 and self.length:
             found = [self(input_ids[:, i : i + 1], None if attention_mask is None else attention_mask[:, i : i + 1]) for i in range(new)]
             return found[-1] if self._last_only else torch.cat(found, 1)
-        self._mask = torch.cat([self._mask, torch.ones_like(input_ids) if attention_mask is None else attention_mask], 1)
-        return torch.from_numpy(self._run({"input_ids": input_ids.contiguous().numpy(), "attention_mask": self._mask.numpy()}))
+        input_ids = input_ids.long()
+        mask = torch.cat([self._mask, torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()], 1)
+        logits = self._run({"input_ids": input_ids.contiguous().numpy(), "attention_mask": mask.numpy()})
+        self._mask = mask  # a call that fails leaves what is held as it was
+        return torch.from_numpy(logits)
 
     def _run(self, feeds: dict[str, Any]) -> Any:
         binding = self.session.io_binding()

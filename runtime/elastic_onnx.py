@@ -48,7 +48,7 @@ def export_elastic(elastic: Elastic, folder: str | Path, widths: Sequence[Width]
         raise ExportError("export_elastic: expected at least one width, the widest first, for example widths=[1.0, 0.5, 0.25]")
     models = [Onnx(opset=opset).lower(p).artifact for p in programs]
     files = [f"width-{place}.onnx" for place in range(len(models))]
-    with atomic_folder(Path(folder)) as scratch:
+    with atomic_folder(Path(folder), own=("width-*.onnx", DATA, MANIFEST)) as scratch:
         shared = share(models, scratch / DATA)
         errors = []
         for program, model, name in zip(programs, models, files, strict=True):

@@ -24,7 +24,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise CalibrationError(f"sampling: expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got {self.temperature}, {self.top_k}, {self.top_p}")
 
     def chooser(self) -> Callable[[Tensor], int]:
@@ -36,7 +36,7 @@ class Sampling:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """`[V]`, zero outside of the top."""
-        shares, order = (logits.float() / self.temperature).softmax(-1).sort(descending=True)
+        shares, order = ((logits.double() - logits.max()) / self.temperature).softmax(-1).float().sort(descending=True)
         kept = shares.cumsum(-1) - shares < self.top_p  # the one that passes the sum stays
         if self.top_k:
             kept[self.top_k :] = False
@@ -56,13 +56,21 @@ def generate(step: Step, prompt: Tensor, *, most: int, sampling: Sampling | None
         ids = torch.tensor([token])
 
 
-def stream_text(tokens: Iterator[int], tokenizer: Any, *, stops: Sequence[str] = ()) -> Iterator[str]:
-    """Pieces of text as soon as they are certain; what comes from the first of `stops` on is left out."""
-    ids: list[int] = []
-    given = ""
+def stream_text(tokens: Iterator[int], tokenizer: Any, *, stops: Sequence[str] = (), before: Sequence[int] = ()) -> Iterator[str]:
+    """Pieces of text as soon as they are certain; what comes from the first of `stops` on is left out.
+
+    `before`: the last tokens of what the text goes on from; some tokenizers drop the space of the very first one.
+    """
+    if "" in stops:
+        raise CalibrationError("generate: a stop string is empty; leave it out")
+
+    def decoded(new: list[int]) -> str:
+        return str(tokenizer.decode([*before, *new], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    ids, given, start = list[int](), "", len(decoded([]))
     for token in tokens:
         ids.append(token)
-        text = tokenizer.decode(ids, skip_special_tokens=True)
+        text = decoded(ids)[start:]
         if (end := _first(text, stops)) is not None:
             yield text[len(given) : end]
             return
@@ -71,7 +79,7 @@ def stream_text(tokens: Iterator[int], tokenizer: Any, *, stops: Sequence[str] =
             continue  # half of a character, or of a stop string
         yield text[len(given) : certain]
         given = text[:certain]
-    rest = tokenizer.decode(ids, skip_special_tokens=True)[len(given) :]
+    rest = decoded(ids)[start + len(given) :]
     if rest:
         yield rest
 

@@ -22,6 +22,7 @@ from ..ir.errors import LowerError
 from ..ir.files import atomic_folder
 from ..ir.program import Program
 from ..ir.weights import named_tensors
+from .folders import CONFIGS, TOKENIZER
 
 TOLERANCE = 1e-4  # of the largest output
 WAY_OUT = "save the program with Result.save, or make every layer equally wide (slice{ratio=} or one width)"
@@ -42,7 +43,7 @@ def save_pretrained(program: Program, model: nn.Module, folder: str | Path, *, t
     config = _config(model, tensors)
     small = _filled(type(model), config, tensors)
     _check(small, program)
-    with atomic_folder(Path(folder)) as scratch:
+    with atomic_folder(Path(folder), own=("model*.safetensors*", *CONFIGS, *TOKENIZER)) as scratch:
         small.save_pretrained(scratch)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..codegen.onnx_target.export import OnnxReport, export_onnx
 from ..ir.errors import ArtifactError, CalibrationError, LowerError, MissingExtraError
@@ -17,10 +17,12 @@ from ..ir.files import atomic_folder
 from ..ir.program import Program
 from .causal_lm import CACHE, last_logits
 from .decoding import PAST, PRESENT, OnnxDecoder
+from .folders import TOKENIZER
 from .generation import Sampling, generate, stream_text
 
 CONFIG = "genai_config.json"
 MODEL = "model.onnx"
+CONTEXT = 5  # tokens of the prompt that new ones are decoded with
 
 
 def save_serving(
@@ -43,7 +45,7 @@ def save_serving(
     if program.inputs.caches != (CACHE,):
         raise LowerError("save_serving: the program has no caches; capture the model with fxpress.capture_causal_lm")
     config = genai_config(program, model)
-    with atomic_folder(Path(folder)) as scratch:
+    with atomic_folder(Path(folder), own=(f"{MODEL}*", CONFIG, *TOKENIZER)) as scratch:
         report = export_onnx(program if all_logits else last_logits(program), scratch / MODEL, portable=portable, merge=True, progress=progress)
         config["search"]["past_present_share_buffer"] = report.caches_in_place
         (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -62,7 +64,8 @@ def genai_config(program: Program, model: nn.Module) -> dict[str, Any]:
     special = {n: _known(getattr(chosen, n, None), getattr(sizes, n, None)) for n in ("bos_token_id", "eos_token_id", "pad_token_id")}
     ends = special["eos_token_id"]
     special["pad_token_id"] = _known(special["pad_token_id"], ends[0] if isinstance(ends, list) else ends, 0)
-    longest = int(getattr(text, "max_position_embeddings", None) or 4096)
+    rooms = [a.high for axes in program.inputs.dynamic for a in axes.values() if a.name == "new" and a.high is not None]
+    longest = min([int(getattr(text, "max_position_embeddings", None) or 4096), *rooms])
     decoder: dict[str, Any] = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": MODEL,
@@ -107,7 +110,13 @@ class Served:
         ends = config["model"].get("eos_token_id", [])
         self.ends = tuple(ends) if isinstance(ends, list) else (ends,)
         self.tokenizer = _tokenizer(root)
-        self.decoder = OnnxDecoder(root / MODEL, longest=min(longest or self.context, self.context), threads=threads)
+        try:
+            self.decoder = OnnxDecoder(root / MODEL, longest=min(longest or self.context, self.context), threads=threads)
+        except LowerError:
+            raise
+        except Exception as error:  # ONNX Runtime's have no base of their own
+            raise ArtifactError(f"{root / MODEL} does not load: {error}; save the folder again") from error
+        self._turn = 0
 
     def stream(self, prompt: str, *, most: int = 256, sampling: Sampling | None = None, stops: tuple[str, ...] = ()) -> Iterator[str]:
         """The continuation of `prompt`, piece by piece; it ends at an end token, before a stop string, after `most` tokens, or when the context is full."""
@@ -116,9 +125,26 @@ class Served:
             raise CalibrationError("generate: the prompt is empty; give at least one token")
         if len(ids) >= self.decoder.longest:
             raise CalibrationError(f"generate: the prompt has {len(ids)} tokens, the context {self.decoder.longest}; shorten it")
-        self.decoder.start()
-        tokens = generate(self.decoder, ids, most=min(most, self.decoder.longest - len(ids)), sampling=sampling, ends=self.ends)
-        return stream_text(tokens, self.tokenizer, stops=stops)
+        special = set(stops) & set(self.tokenizer.all_special_tokens)
+        ends = (*self.ends, *self.tokenizer.convert_tokens_to_ids(sorted(special)))
+        tokens = generate(self._own_turn(), ids, most=min(most, self.decoder.longest - len(ids)), sampling=sampling, ends=ends)
+        return stream_text(tokens, self.tokenizer, stops=[s for s in stops if s not in special], before=ids[-CONTEXT:].tolist())
+
+    def _own_turn(self) -> Callable[[Tensor], Tensor]:
+        """The decoder for one text, begun anew at its first call; it serves one text at a time."""
+        mine = 0
+
+        def step(ids: Tensor) -> Tensor:
+            nonlocal mine
+            if mine == 0:
+                self._turn += 1
+                mine = self._turn
+                self.decoder.start()
+            elif mine != self._turn:
+                raise CalibrationError("generate: another text was begun on this model before this one ended; open the folder once for each of them")
+            return self.decoder(ids)
+
+        return step
 
 
 def _read(root: Path) -> dict[str, Any]:
@@ -129,7 +155,7 @@ def _read(root: Path) -> dict[str, Any]:
         raise ArtifactError(f"{root}: {', '.join(missing)} is missing; expected a folder that save_serving wrote")
     try:
         config: dict[str, Any] = json.loads((root / CONFIG).read_text(encoding="utf-8"))
-        config["model"]["context_length"]
+        int(config["model"]["context_length"])
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{root / CONFIG} is damaged: {type(error).__name__}: {error}; save the folder again") from error
     return config
@@ -140,4 +166,7 @@ def _tokenizer(root: Path) -> Any:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise MissingExtraError("transformers", "hf", f"reading the tokenizer of {root}") from error
-    return AutoTokenizer.from_pretrained(root)
+    try:
+        return AutoTokenizer.from_pretrained(root)
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtifactError(f"{root}: its tokenizer does not load ({error}); save the folder again") from error

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..ir.capture import capture
 from ..ir.errors import CalibrationError, CaptureError, MissingExtraError
 from ..ir.program import Program
+from .attached_files import MODULES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,11 @@ def _huggingface(folder: Path) -> Source:
     kind = getattr(transformers, architecture, None)
     if kind is None:
         raise CaptureError(f"model {folder}: config.json names the architecture {architecture!r}, which transformers {transformers.__version__} does not have")
-    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    try:
+        model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        hint = "; it holds a compressed model: load it with fxpress.from_pretrained" if (folder / MODULES).exists() else ""
+        raise CaptureError(f"model {folder}: its weights are missing or damaged ({error}){hint}") from error
     if model.main_input_name == "pixel_values":
         return _vision(model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder) if any(folder.glob("tokenizer*")) else None

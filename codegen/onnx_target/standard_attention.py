@@ -13,7 +13,9 @@ import torch
 from ...ir.int8_caches import LIMIT
 from .cached_attention import masked
 
+PRODUCTS = frozenset({"MatMul", "Gemm", "Add", "Site"})
 STANDARD_OPSET = 23  # the first with Attention, RotaryEmbedding and RMSNormalization
+LAST_STANDARD_OPSET = 25  # onnx cannot convert RotaryEmbedding beyond it
 
 
 def translation(op: Any) -> dict[Any, Callable[..., Any]]:
@@ -22,6 +24,11 @@ def translation(op: Any) -> dict[Any, Callable[..., Any]]:
 
     def numbers(*values: int) -> Any:
         return op.Constant(value=ir.tensor(values, dtype=ir.DataType.INT64))
+
+    def flat(x: Any, width: int) -> Any:
+        """With a last axis that shape inference knows; parts of a fused product may come through sequences, whose shapes it does not follow."""
+        producer = x.producer()
+        return x if producer is not None and producer.op_type in PRODUCTS else op.Reshape(x, numbers(0, 0, width))
 
     def turned(x: Any, cos: Any, sin: Any, mask: Any, heads: int) -> Any:
         total, new = (op.Squeeze(op.Shape(mask, start=axis, end=axis + 1), numbers(0)) for axis in (3, 2))
@@ -44,7 +51,8 @@ def translation(op: Any) -> dict[Any, Callable[..., Any]]:
         query: Any, key: Any, value: Any, past_key: Any, past_value: Any, mask: Any, cos: Any, sin: Any, key_scale: Any, value_scale: Any,
         heads: int, groups: int, scale: float,
     ) -> Any:  # fmt: skip
-        kind = query.dtype
+        kind, width = query.dtype, past_key.shape[3]
+        query, key, value = (flat(x, count * width) for x, count in ((query, heads), (key, groups), (value, groups)))
         bias = op.Where(mask, op.Constant(value=ir.tensor(0.0, dtype=kind)), op.Constant(value=ir.tensor(masked(kind), dtype=kind)))
         if cos is not None:
             query, key = turned(query, cos, sin, mask, heads), turned(key, cos, sin, mask, groups)

@@ -97,7 +97,7 @@ def refine_tables(problem: Problem, fit: Fit, grams: Sequence[Tensor], *, rounds
     for _ in range(rounds):
         fit = _descended(problem, _rounded(problem, fit, grams), grams, cycles)
         error = fit.error(problem, grams)
-        if not error < least:
+        if not 0 <= error < least:  # below 0: an undamped Gram that rounding made indefinite
             break
         best, least = fit, error
     return best

@@ -21,6 +21,7 @@ from ...ir.sites import SiteKind, WeightSite
 from ..base import Need
 from ..calibrate import Statistics
 from ..context import Context
+from ..relative import relative_error
 from .groups import Group
 from .obs import damped
 from .scores import watch
@@ -85,7 +86,7 @@ def _apply(editor: Editor, site: WeightSite, stays: Tensor, parts: Sequence[Stat
         editor.set_bias(site, (site.bias_vector() + shift).to(site.dtype), "what removed inputs added on average")
     editor.set_matrix(site, new.to(site.dtype), "removed inputs zeroed, the others make up for them", {"ridge": ridge})
     power = whole.error(weight, torch.zeros_like(shift))
-    return max(0.0, whole.error(lost, shift) / max(power, 1e-30)) ** 0.5
+    return relative_error(whole.error(lost, shift), power)
 
 
 def _moments(part: Statistics, biased: bool) -> Moments:
@@ -127,7 +128,7 @@ def least_ridge(held_out: Callable[[float], float]) -> float:
     best, lowest = RIDGES[0], held_out(RIDGES[0])
     for ridge in RIDGES[1:]:
         error = held_out(ridge)
-        if error >= lowest:
+        if not 0 <= error < lowest:  # below 0: noise of moments that cancel
             break
         best, lowest = ridge, error
     return best

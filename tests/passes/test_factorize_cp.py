@@ -61,6 +61,25 @@ def test_data_helps_and_the_ratio_is_kept(tmp_path: Path) -> None:
     result.export_onnx(tmp_path / "model.onnx")
 
 
+def test_kernels_of_zeros_and_of_any_scale() -> None:
+    x, net = torch.randn(4, 12, 9, 9), nn.Conv2d(12, 16, 3, bias=False).eval()
+    made = [net]
+    for scale in (0.0, 1e-10, 1e10):
+        made.append(nn.Conv2d(12, 16, 3, bias=False).eval())
+        made[-1].weight.data = net.weight.data * scale
+    spec = "factorize_cp{ratio=0.5,metric=weight}"
+    errors = [fxpress.optimize(nn.Sequential(m), spec, example_inputs=(x,)).reports[0].taken[0].facts["weight_error"] for m in made]
+    assert errors[1] == 0 and errors[2] == pytest.approx(errors[0], rel=1e-3) and errors[3] == pytest.approx(errors[0], rel=1e-3)
+
+
+def test_singular_moments_are_damped_until_they_can_be_solved() -> None:
+    net = nn.Sequential(nn.Conv2d(256, 16, 3, padding=1, bias=False)).eval()
+    x = torch.randn(2, 256, 4, 4) + 10 * torch.rand(1, 256, 1, 1)
+    result = fxpress.optimize(net, "factorize_cp{rank=128,starts=1,sweeps=2}", example_inputs=(x,), calibration=[(x,)])
+    own, found = net(x), result.program.run(x)
+    assert result.reports[0].taken[0].facts["output_error"] == pytest.approx(float(((found - own).norm() / own.norm()).detach()), rel=0.2, abs=1e-3)
+
+
 def test_refusals() -> None:
     x = correlated(6, 8, 12, 14)
     net = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, groups=8)).eval()

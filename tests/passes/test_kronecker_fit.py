@@ -91,6 +91,19 @@ def test_massive_activations_do_not_hide_the_rest(seed: int) -> None:
     assert _error(running, matrix, gram) < 0.7 * before and running.error**2 == pytest.approx(_error(running, matrix, gram) ** 2, abs=1e-5)
 
 
+@pytest.mark.parametrize("mean", [1e3, 3e3, 1e4])
+def test_inputs_far_from_zero_never_make_a_fit_worse(mean: float) -> None:
+    """The float32 Gram of such inputs is indefinite by a hundredth of its mean after whitening and more."""
+    for seed in range(11, 15):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(600, 64, generator=generator) + mean * torch.randn(1, 64, generator=generator)
+        matrix, modes, gram, exact = _weight(48, 64), family(48, 64, 2), x.t() @ x / 600, x.double().t() @ x.double() / 600
+        running = Fit(matrix, modes, whitening(gram, modes), 12)
+        before = _error(running, matrix, exact)
+        running.refine(20)
+        assert _error(running, matrix, exact) < max(1.5 * before, 2e-3)
+
+
 def test_energy_of_a_kronecker_gram_is_exact() -> None:
     modes, matrix = family(16, 16, 4), _weight(16, 16)
     gram = torch.kron(torch.eye(4) + 0.5, torch.eye(4) * 2 + 0.3)

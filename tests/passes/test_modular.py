@@ -59,6 +59,19 @@ def test_all_neurons_are_exact_and_singular_grams_are_no_error() -> None:
     assert output_error(few, DOWN, _slice(kept, nystrom(few, DOWN, kept))) < 1e-2  # five tokens need five neurons
 
 
+def test_gains_are_no_more_than_there_is_to_explain() -> None:
+    """Neurons are not picked out of what rounding leaves of a float32 Gram with fewer tokens than neurons, nor forgotten beside a huge one."""
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        hidden, down = torch.randn(40, 96, generator=generator), torch.randn(40, 96, generator=generator)
+        hidden[:, 0] *= 1e5 if seed % 2 else 1
+        gram = hidden.t() @ hidden / 40
+        kept, gained = greedy_neurons(gram, down, 96)
+        assert sorted(kept.tolist()) == list(range(96))
+        energy = float(((down.double() @ gram.double()) * down.double()).sum())
+        assert float(gained.sum()) < 1.01 * energy and int((gained > 0).sum()) >= 39
+
+
 def test_greedy_choice_beats_leverage_on_the_output() -> None:
     for count in (16, 24, 32):
         kept, gains = greedy_neurons(GRAM, DOWN, count)

@@ -83,4 +83,6 @@ def test_refusals() -> None:
         fxpress.optimize(fresh_program("llama"), "search_widths{budget=0.9}", calibration=data("llama"))
     with pytest.raises(SpecError, match="shares must fall"):
         parse_pass("search_widths{budget=0.9,shares=[0.5,0.75]}")
+    with pytest.raises(SpecError, match="shares must fall"):
+        parse_pass("search_widths{budget=0.9,shares=[0.5,0.5]}")
     assert torch.is_tensor(get_tensor(program.graph_module, "model.layers.0.mlp.down_proj.weight"))

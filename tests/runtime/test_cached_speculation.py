@@ -12,6 +12,7 @@ import fxpress
 from fxpress.codegen.onnx_target.export import export_onnx
 from fxpress.ir.errors import CalibrationError, LowerError
 from fxpress.ir.program import Program
+from fxpress.runtime.causal_lm import last_logits
 from fxpress.runtime.decoding import Decoder, OnnxDecoder, ProgramDecoder
 from fxpress.runtime.elastic import Elastic
 from fxpress.runtime.generation import generate
@@ -85,3 +86,7 @@ def test_refusals(tmp_path: Path) -> None:
     one, other = (OnnxDecoder(tmp_path / "model.onnx", longest=n) for n in (LONGEST, 20))
     with pytest.raises(CalibrationError, match="cannot be shared"):
         one.follow(other)
+    export_onnx(last_logits(nested()), tmp_path / "last.onnx")
+    last = OnnxDecoder(tmp_path / "last.onnx", longest=LONGEST)
+    with pytest.raises(CalibrationError, match=r"6 tokens went in and logits of 1 came out; save the model with all_logits=True"):
+        speculate_cached(last, last, tokens(1, 6, 64), 4)

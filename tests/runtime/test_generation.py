@@ -25,8 +25,8 @@ class Letters:
     def __init__(self, *words: str) -> None:
         self.words = words
 
-    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
-        assert skip_special_tokens
+    def decode(self, ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+        assert skip_special_tokens and not clean_up_tokenization_spaces
         return "".join(self.words[i] for i in ids)
 
 
@@ -70,7 +70,7 @@ def test_the_prompt_goes_in_once_and_tokens_after_it_alone() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(CalibrationError, match="expected a prompt of at least one token"):
         list(generate(counting, torch.zeros(0, dtype=torch.int64), most=1))
-    for options in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}):
+    for options in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": float("nan")}):
         with pytest.raises(CalibrationError, match="expected temperature >= 0, top_k >= 0"):
             Sampling(**options)
 
@@ -85,13 +85,30 @@ def test_text_stops_before_a_stop_string_wherever_tokens_cut_it(stops: tuple[str
     assert not stops or not any(s in "".join(found) for s in stops)
 
 
+def test_the_space_between_prompt_and_text_stays() -> None:
+    class Pieces(Letters):
+        """As SentencePiece has it: the very first space is none."""
+
+        def decode(self, ids: list[int], **options: bool) -> str:
+            return super().decode(ids, **options).removeprefix(" ")
+
+    words = Pieces(" hello", " world", "s")
+    assert list(stream_text(iter([1, 2, 0]), words, before=[0])) == [" world", "s", " hello"]
+    assert not next(stream_text(iter([1, 2]), words, before=[0], stops=(" world",)))
+
+
+def test_an_empty_stop_string_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="a stop string is empty"):
+        list(stream_text(iter([0]), Letters("a"), stops=("a", "")))
+
+
 def test_half_a_stop_string_at_the_end_is_text() -> None:
     assert "".join(stream_text(iter([0, 1]), Letters("a", "b"), stops=("bc",))) == "ab"
 
 
 def test_characters_come_whole() -> None:
     class Bytes:
-        def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        def decode(self, ids: list[int], **_: bool) -> str:
             return bytes(ids).decode(errors="replace")
 
     ids = list("né€".encode())

@@ -162,6 +162,75 @@ def test_what_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
         (broken / file.name).write_bytes(file.read_bytes() if file.suffix != ".json" or "genai" not in file.name else b"{")
     with pytest.raises(ArtifactError, match="is damaged"):
         Served(broken)
+    (broken / "genai_config.json").write_bytes((folders["portable"] / "genai_config.json").read_bytes())
+    (broken / MODEL).write_bytes((broken / MODEL).read_bytes()[:5000])
+    with pytest.raises(ArtifactError, match=r"model\.onnx does not load"):
+        Served(broken)
+    (broken / "tokenizer.json").write_text("{")
+    with pytest.raises(ArtifactError, match="its tokenizer does not load"):
+        Served(broken)
+
+
+def test_folders_with_anything_else_in_them_stay(tmp_path: Path) -> None:
+    result = fxpress.optimize(captured(), [])
+    model().save_pretrained(tmp_path / "hf")  # type: ignore[operator]
+    (tmp_path / "file").write_text("mine")
+    before = {p.name for p in (tmp_path / "hf").iterdir()}
+    with pytest.raises(ArtifactError, match=r"holds other files \(config.json, generation_config.json, model.safetensors\)"):
+        result.save_serving(tmp_path / "hf", model(), tokenizer())
+    with pytest.raises(ArtifactError, match="it holds other files"):
+        fxpress.save_pretrained(model(), tmp_path / "hf")
+    with pytest.raises(ArtifactError, match="it is a file"):
+        fxpress.save_pretrained(model(), tmp_path / "file")
+    assert {p.name for p in (tmp_path / "hf").iterdir()} == before and (tmp_path / "file").read_text() == "mine"
+    for _ in range(2):  # its own form is replaced
+        fxpress.save_pretrained(model(), tmp_path / "own", tokenizer=tokenizer())
+
+
+def test_a_model_writes_one_text_at_a_time(folders: dict[str, Path]) -> None:
+    served = Served(folders["in place"])
+    first, second = served.stream("ab ca", most=8), served.stream("xyz", most=8)
+    assert "".join(first) == expected("ab ca", 8) and "".join(second) == expected("xyz", 8)
+    first, second = served.stream("ab ca", most=8), served.stream("xyz", most=8)
+    next(first), next(second)
+    with pytest.raises(CalibrationError, match="another text was begun on this model"):
+        list(first)
+
+
+def test_special_tokens_stop(folders: dict[str, Path]) -> None:
+    served = Served(folders["in place"])
+    plain = "".join(served.stream("ab ca", most=8))
+    served.tokenizer.add_special_tokens({"additional_special_tokens": [plain[3]]})
+    assert plain[3] not in plain[:3] and "".join(served.stream("ab ca", most=8, stops=(plain[3],))) == plain[:3]
+
+
+def test_a_call_that_fails_leaves_what_is_held(folders: dict[str, Path]) -> None:
+    decoder, ids = OnnxDecoder(folders["in place"] / MODEL, longest=20), torch.tensor([[3, 4, 5, 6]])
+    decoder.start()
+    wanted = torch.cat([decoder(ids), decoder(ids)], 1)
+    decoder.start()
+    decoder(ids)
+    with pytest.raises(Exception, match="out of data bounds"):
+        decoder(torch.tensor([[999]]))
+    assert decoder.length == 4 and torch.allclose(decoder(ids.int()), wanted[:, 4:], atol=1e-5)
+
+
+def test_a_shorter_text_limit_is_the_folder_s(tmp_path: Path) -> None:
+    program = fxpress.capture_causal_lm(model(), longest=16)
+    fxpress.optimize(program, []).save_serving(tmp_path / "short", model(), tokenizer())
+    served = Served(tmp_path / "short")
+    assert served.context == 16 and len("".join(served.stream("ab", most=99))) <= 14
+
+
+def test_heads_of_odd_widths_are_spelled_out(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 36, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 3}
+    narrow = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=32)).eval()
+    report = fxpress.optimize(fxpress.capture_causal_lm(narrow), []).save_serving(tmp_path / "out", narrow, tokenizer())
+    assert any("its heads are 12 wide, which is no multiple of 8" in n for n in report.lowering.notes)
+    assert report.max_error < 1e-5 and not report.caches_in_place
 
 
 def test_a_file_without_caches_is_refused(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ import onnx
 import onnx_ir
 import pytest
 
+import fxpress
 from fxpress.codegen.onnx_target.cached_attention import masked
 from fxpress.codegen.onnx_target.export import export_onnx
+from fxpress.ir.errors import LowerError
 
 from ...runtime.test_serving import captured
 
@@ -24,6 +26,21 @@ def test_portable_files_have_one_attention_a_layer_from_opset_23_on(opset: int |
     assert report.opset == (opset or 23) and [o.domain for o in model.opset_import] == [""] and report.max_error < 1e-5
     assert kinds["Attention"] == attentions and kinds["RotaryEmbedding"] == 2 * attentions and kinds["Softmax"] == 2 - attentions
     assert not report.caches_in_place
+
+
+def test_parts_of_a_fused_product(tmp_path: Path) -> None:
+    """Query, key and value of one product come through a sequence, whose shapes onnx does not infer."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    program = fxpress.capture_causal_lm(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, max_position_embeddings=32)).eval())
+    report = export_onnx(program, tmp_path / "model.onnx", portable=True)
+    assert report.max_error < 1e-5 and not report.notes
+
+
+def test_later_opsets_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(LowerError, match="opset=26: portable attention is written up to opset 25"):
+        export_onnx(captured(), tmp_path / "model.onnx", portable=True, opset=26)
 
 
 def test_what_is_masked_stays_finite_in_every_type() -> None:
