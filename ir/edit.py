@@ -175,7 +175,8 @@ class Editor:
 
     def _factor(self, site: WeightSite, link: Product | Convolution) -> fx.Node:
         name = self._name(site, f"{link.name}.weight")
-        set_tensor(self._module, name, link.weight, parameter=True)
+        own = link.weight.clone(memory_format=torch.contiguous_format)  # strides of a transpose would pass for another memory format of the outputs
+        set_tensor(self._module, name, own, parameter=True)
         node = self.program.graph.get_attr(name)
         with fake_mode_of(site.data):
             node.meta["val"] = torch.empty(link.weight.shape, dtype=link.weight.dtype, device=site.data.meta["val"].device)

@@ -76,12 +76,13 @@ class Statistics:
     guided: dict[str, Tensor] = field(default_factory=dict)
     fisher: dict[str, Tensor] = field(default_factory=dict)
     inputs: tuple[Tensor, ...] = ()
+    exact: bool = False  # in float64: small parts of data with a large mean are lost in float32
     shared: dict[str, Any] = field(default_factory=dict)  # what a pass derived once for all sites with this input
 
     def add(self, rows: Tensor, needs: Need) -> None:
         """Fold in `rows: [G, T, K]`."""
         self.tokens += rows.shape[1]
-        rows = rows.float()
+        rows = rows.double() if self.exact else rows.float()
         if Need.MEAN in needs:
             self.mean = _sum(self.mean, rows.sum(1))
         if Need.MEAN_SQUARE in needs:

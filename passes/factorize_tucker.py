@@ -209,8 +209,12 @@ def _sizes(site: WeightSite) -> Sizes:
 
 def _gram(site: WeightSite, data: ConvData) -> Tensor:
     """Of the patches, `[C P, C P] f64`: float32 would hide small errors behind a large mean."""
-    taken = [rows.double() for x in data.inputs for rows in site_rows(site, x)]
-    return sum((rows.t() @ rows for rows in taken[1:]), taken[0].t() @ taken[0]) / sum(len(rows) for rows in taken)
+    found = Statistics(exact=True)
+    for rows in (rows for x in data.inputs for rows in site_rows(site, x)):
+        found.add(rows, Need.GRAM)
+    found.finish()
+    assert found.gram is not None
+    return found.gram[0]
 
 
 def _error(found: Tensor, kernel: Tensor, gram: Tensor | None) -> float:

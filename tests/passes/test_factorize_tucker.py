@@ -168,3 +168,16 @@ def test_refusals() -> None:
     for spec in ("factorize_tucker", "factorize_tucker{ratio=0.5,evbmf=true}"):
         with pytest.raises(SpecError, match="exactly one of ratio, tolerance and evbmf"):
             parse_pass(spec)
+
+
+@pytest.mark.parametrize(
+    "spec", ["factorize_tucker{ratio=0.25}", "factorize_tucker{ratio=0.25,metric=weight}", "factorize_cp{ratio=0.25}", "oneway_conv{terms=1}"]
+)
+def test_factors_keep_the_memory_format_of_outputs(spec: str, tmp_path: Path) -> None:
+    """What reads them as one row still may, as they are and loaded, and they can be exported again."""
+    net = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten(), nn.Linear(32 * 16, 4)).eval()
+    x = torch.randn(4, 1, 10, 10)
+    result = fxpress.optimize(net, spec, example_inputs=(x,), calibration=[(x,)], dynamic_shapes=({0: torch.export.Dim("batch")},))
+    result.save(tmp_path / "saved")
+    loaded = fxpress.load(tmp_path / "saved").program
+    assert torch.equal(result.program.run(x), loaded.run(x)) and loaded.to_exported() is not None
