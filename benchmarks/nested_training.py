@@ -1,6 +1,6 @@
 """One nested model against models of its sizes trained alone, from scratch, on the same batches (MatFormer, arXiv 2310.07707, table 6).
 
-    python benchmarks/nested_training.py [--task lm|vit] [--rows alone nested] [--seconds 3600] [--drafts]
+    python benchmarks/nested_training.py [--task lm|vit] [--rows alone nested] [--seconds 3600] [--drafts | --placements]
 
 `lm` is a llama of four layers over the bytes of the packaged Wikipedia sample: trained on even articles, judged on odd ones. `vit` is a vision transformer of
 four layers on Fashion-MNIST, judged on the test images. Feed-forward widths S, M, L, XL are 1/8, 1/4, 1/2 and all of the units. Every row has seen the
@@ -15,7 +15,8 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class Task:
     score: Callable[[Program], dict[str, float]]
     options: str
     example: Any
+    probe: Callable[[Program], dict[str, float]]
     quarters: Callable[[Any], list[Any]]
 
 
@@ -74,14 +76,14 @@ def language(steps: int = 900, batch: int = 16) -> Task:
     training, held_out = (_bytes(articles[start::2]) for start in (0, 1))
     draws = torch.randint(0, len(training) - LENGTH, (steps, batch), generator=torch.Generator().manual_seed(0))
     batches = [_ids(training[row[:, None] + torch.arange(LENGTH)]) for row in draws]
-    windows = held_out[: 256 * LENGTH].view(256, LENGTH)
+    windows, seen = (data[: count * LENGTH].view(count, LENGTH) for data, count in ((held_out, 256), (training, 64)))
 
     def model(width: int) -> nn.Module:
         torch.manual_seed(0)
         sizes = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": width, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
         return LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=LENGTH, tie_word_embeddings=True, use_cache=False)).eval()
 
-    def score(program: Program) -> dict[str, float]:
+    def score(program: Program, windows: Tensor = windows) -> dict[str, float]:
         with torch.no_grad():
             logits = torch.cat([program.run(**_ids(part))["logits"] for part in windows.split(32)])
         return {"loss": float(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), windows[:, 1:].flatten()))}
@@ -89,7 +91,7 @@ def language(steps: int = 900, batch: int = 16) -> Task:
     def quarters(held: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         return [_ids(part) for part in held["input_ids"].chunk(4)]
 
-    return Task(model, 512, batches, score, f"steps={steps},lr=3e-3,weight_decay=0.01", _ids(windows[:2]), quarters)
+    return Task(model, 512, batches, score, f"steps={steps},lr=3e-3,weight_decay=0.01", _ids(windows[:2]), partial(score, windows=seen), quarters)
 
 
 def images(epochs: int = 4, batch: int = 64) -> Task:
@@ -107,7 +109,7 @@ def images(epochs: int = 4, batch: int = 64) -> Task:
         sizes = {"hidden_size": 96, "intermediate_size": width, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
         return ViTForImageClassification(ViTConfig(**sizes, image_size=28, patch_size=7, num_channels=1, num_labels=10)).eval()
 
-    def score(program: Program) -> dict[str, float]:
+    def score(program: Program, test: Tensor = test, truth: Tensor = truth) -> dict[str, float]:
         with torch.no_grad():
             logits = torch.cat([program.run(pixel_values=part)["logits"] for part in test.split(256)])
         return {"loss": float(F.cross_entropy(logits, truth)), "accuracy": 100 * float((logits.argmax(1) == truth).float().mean())}
@@ -116,7 +118,16 @@ def images(epochs: int = 4, batch: int = 64) -> Task:
         parts = zip(held.inputs["pixel_values"].chunk(4), held.target.chunk(4), strict=True)
         return [Labelled({"pixel_values": p}, t) for p, t in parts]
 
-    return Task(model, 384, batches, score, f"steps={len(batches)},lr=1e-3,weight_decay=0.01", {"pixel_values": pixels[:2]}, quarters)
+    return Task(
+        model,
+        384,
+        batches,
+        score,
+        f"steps={len(batches)},lr=1e-3,weight_decay=0.01",
+        {"pixel_values": pixels[:2]},
+        partial(score, test=pixels[:2048], truth=labels[:2048]),
+        quarters,
+    )
 
 
 def _bytes(articles: list[str]) -> Tensor:
@@ -161,6 +172,7 @@ def main() -> None:
     parser.add_argument("--task", choices=("lm", "vit"), default="lm")
     parser.add_argument("--rows", nargs="*", default=[""], help="run rows whose name contains one of these")
     parser.add_argument("--drafts", action="store_true", help="speculative decoding with the trained rows instead (lm): the narrow widths draft")
+    parser.add_argument("--placements", action="store_true", help="where wide layers of mixes stand, of the trained rows instead")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after so many seconds")
     arguments = parser.parse_args()
     began, out = time.perf_counter(), RESULTS / f"nested_training_{arguments.task}.json"
@@ -170,10 +182,11 @@ def main() -> None:
     jobs = {f"alone: {s}": (f"recover{{{common}}}", share) for s, share in SHARES.items()}
     jobs |= {name: (f"train_nested{{{extra}{common}}}", 1.0) for name, extra in NESTED.items()}
     for place, (name, (spec, share)) in enumerate(jobs.items()):
-        if arguments.drafts:
+        if arguments.drafts or arguments.placements:
             for row in [r for r in rows if r["row"] == name and share == 1.0 and any(a in name for a in arguments.rows) and "nested" in name]:
-                row["drafts"] = drafts(train(task, name, share, spec, f"{arguments.task}-{place}")[0])
-                print(name, json.dumps(row["drafts"]), flush=True)
+                program = train(task, name, share, spec, f"{arguments.task}-{place}")[0]
+                row |= {"drafts": drafts(program)} if arguments.drafts else {"placements": placements(task, program, row["sizes"])}
+                print(name, json.dumps(row["drafts" if arguments.drafts else "placements"]), flush=True)
                 out.write_text(json.dumps(rows, indent=1) + "\n")
             continue
         wanted = any(r in name for r in arguments.rows) and not any(r["row"] == name for r in rows)
@@ -183,6 +196,19 @@ def main() -> None:
         rows.append({"row": name, "spec": spec, "seconds": seconds, "sizes": scores(task, program, name)})
         print(name, f"{seconds:.0f} s", json.dumps(rows[-1]["sizes"]), flush=True)
         out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def placements(task: Task, program: Program, sizes: dict[str, dict[str, float]]) -> dict[str, dict[str, dict[str, float]]]:
+    """By mix: how far it lies above the line between its neighbours with the wide layers last, first, and where training data say."""
+    elastic, found = Elastic(program), {}
+    for a, b in pairwise(SHARES):
+        for k in range(1, LAYERS):
+            views = {c: elastic.at([round(SHARES[b if i in c else a] * task.width) for i in range(LAYERS)]) for c in combinations(range(LAYERS), k)}
+            chosen = min(views, key=lambda c: task.probe(views[c])["loss"])
+            line = {m: (1 - k / LAYERS) * sizes[a][m] + k / LAYERS * sizes[b][m] for m in sizes[a] if m != "parameters"}
+            ways = {"last": tuple(range(LAYERS - k, LAYERS)), "first": tuple(range(k)), "searched": chosen}
+            found[f"{LAYERS - k} x {a}, {k} x {b}"] = {way: {m: v - line[m] for m, v in task.score(views[c]).items()} for way, c in ways.items()}
+    return found
 
 
 def scores(task: Task, program: Program, name: str) -> dict[str, dict[str, float]]:

@@ -126,7 +126,8 @@ class Search:
     def run(self, budget: float) -> Found:
         """The best of the starts, then exchanges that lower the measured loss."""
         room = self.room(budget)
-        starts = {"the knapsack": self.knapsack(room), "equal shares": self.ramp(room, 0), "widths that rise with depth": self.ramp(room, 1)}
+        ramps = {"equal shares": 0, "widths that rise with depth": 1, "widths that fall with depth": -1}
+        starts = {"the knapsack": self.knapsack(room)} | {name: self.ramp(room, slope) for name, slope in ramps.items()}
         start = min(starts, key=lambda s: self.measured(starts[s]))
         best, made = self._exchange(starts[start], room)
         return self.found(best, start, made)
@@ -163,7 +164,7 @@ class Search:
         return dict(zip(self.groups, taken, strict=True))
 
     def ramp(self, room: int, slope: float) -> Counts:
-        """Shares `s + slope (depth - 1/2) / 2`, as large as fit: equal for a slope of 0, rising with depth for 1 (MatFormer's rule)."""
+        """Shares `s + slope (depth - 1/2) / 2`, as large as fit: equal for a slope of 0, rising with depth for 1 (MatFormer's rule), falling for -1."""
         low, high = -1.0, 2.0
         for _ in range(40):
             middle = (low + high) / 2
