@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -187,7 +187,7 @@ def best_rate(rows: list[dict[str, Any]], name: str) -> float:
 
 
 def table(rows: list[dict[str, Any]], measured: list[dict[str, Any]]) -> str:
-    """Means over the seeds, and their range."""
+    """Medians over the seeds (a rollout may explode), and their range."""
     lines = ["| net | parameters | MACs | test error | 25 steps | test over training |", "|---" * 6 + "|"]
     for name in METHODS:
         mine = [r for r in rows if r["method"] == name and r["rate"] == best_rate(rows, name)]
@@ -200,7 +200,7 @@ def table(rows: list[dict[str, Any]], measured: list[dict[str, Any]]) -> str:
 
 def _spread(rows: list[dict[str, Any]], key: str) -> str:
     values = [100 * r[key] for r in rows if key in r]
-    return f"{mean(values):.2f} % ({min(values):.2f} to {max(values):.2f})" if values else "-"
+    return f"{median(values):.2f} % ({min(values):.2f} to {max(values):.2f})" if values else "-"
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """SmolLM2-135M nested without training: widths by layer under a budget against equal shares and MatFormer's rising ones, and prefixes as drafts.
 
     python benchmarks/widths_lm.py [--windows 8] [--importance elimination] [--unit macs] [--exchanges 24]
+    python benchmarks/widths_lm.py --times    (seconds of the rows that are there, alternating; alone on the machine)
 
 Budgets are those of 87.5, 75 and 50 % of every feed-forward layer. The search looks at two calibration batches (2,048 tokens of even articles), perplexity is
 over odd ones. Rows go to benchmarks/results/widths_lm.json one by one. Baseline: the package's 4-bit weights dequantized to fp32.
@@ -12,9 +13,11 @@ import argparse
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from factorization_lm import Bench, smollm2
 
 from fxpress.ir.files import cache_dir
@@ -29,6 +32,7 @@ from fxpress.passes.structured.groups import find_groups
 from fxpress.runtime.elastic import Elastic
 from fxpress.runtime.frontier import plot_frontier
 from fxpress.runtime.language import logits_of
+from fxpress.runtime.latency import latency
 from fxpress.runtime.speculative import speculate
 
 RESULTS = Path(__file__).with_name("results") / "widths_lm.json"
@@ -43,7 +47,13 @@ def main() -> None:
     parser.add_argument("--importance", default="elimination", help="how nest orders units")
     parser.add_argument("--unit", default="macs", help="bytes, macs or latency")
     parser.add_argument("--exchanges", type=int, default=24, help="exchanges that are tried")
+    parser.add_argument("--times", action="store_true", help="time the widths of the rows instead")
     arguments = parser.parse_args()
+    if arguments.times:
+        held = json.loads(RESULTS.read_text())
+        held["times"] = times(held["rows"], smollm2(1).program)
+        RESULTS.write_text(json.dumps(held, indent=1) + "\n")
+        return
     bench, began = smollm2(arguments.windows), time.perf_counter()
     folder = cache_dir() / f"widths-{arguments.importance}"
     context = replace(bench.context, checkpoint=Checkpoint(folder, f"{arguments.importance} {arguments.windows}"))
@@ -63,6 +73,20 @@ def main() -> None:
     plot_frontier([_point(rows, s) for s in sorted(SHARES)], RESULTS.with_suffix(".png"), title="SmolLM2-135M, nested without training")
     drafts = [draft(bench, nested, width) for width in (0.875, 0.75, 0.5)]
     RESULTS.write_text(json.dumps({"rows": rows, "drafts": drafts}, indent=1) + "\n")
+
+
+def times(rows: list[dict[str, Any]], program: Program) -> list[dict[str, Any]]:
+    """Time of each choice of widths over that of equal shares of as many multiply-accumulates: 256 tokens in torch, one thread."""
+    torch.set_num_threads(1)
+    elastic, ids = Elastic(program), torch.arange(256).unsqueeze(0)
+    found = []
+    for share in SHARES:
+        views = {r["name"]: elastic.at(r["widths"]) for r in rows if r["ffn_share"] == share}
+        call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        timed = latency({n: partial(view.run, **call) for n, view in views.items()}, rounds=15, clock=time.process_time)
+        found.append({"ffn_share": share, **{n: timed[n].ratio.median for n in views}})
+        print(found[-1], flush=True)
+    return found
 
 
 def row(bench: Bench, nested: Program, name: str, share: float, found: Found, importance: str) -> dict[str, Any]:
