@@ -208,6 +208,9 @@ def main() -> None:
     own = own_texts(windows[:3, :64]) if arguments.quality else None
     for name in places if own is not None else ():
         rows[name] |= {"perplexity": quality(places[name], windows), "tokens_of_generate": same_tokens(places[name], windows[:3, :64], own)}
+    known = json.loads(OUT.read_text())["rows"] if OUT.exists() else {}
+    for name in rows:  # what was measured of quality stays
+        rows[name] = {k: v for k, v in known.get(name, {}).items() if k in ("perplexity", "tokens_of_generate")} | rows[name]
     OUT.write_text(json.dumps({"prompt": arguments.prompt, "tokens": arguments.tokens, "threads": arguments.threads, "rows": rows}, indent=1) + "\n")
     for name, found in rows.items():
         print(f"{name:<26} " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()), flush=True)
