@@ -118,7 +118,7 @@ def choose_ridge(weight: Tensor, folds: Sequence[Moments], stays: Tensor) -> flo
         for fitted, judged in (folds, folds[::-1]):
             lost = weight - refit(weight, fitted.covariance, stays, ridge)
             total += judged.error(lost, lost @ fitted.mean)
-        return total
+        return total if total >= 0 else float("inf")  # below 0: noise of moments that cancel
 
     return least_ridge(held_out)
 
@@ -128,7 +128,7 @@ def least_ridge(held_out: Callable[[float], float]) -> float:
     best, lowest = RIDGES[0], held_out(RIDGES[0])
     for ridge in RIDGES[1:]:
         error = held_out(ridge)
-        if not 0 <= error < lowest:  # below 0: noise of moments that cancel
+        if error >= lowest:
             break
         best, lowest = ridge, error
     return best
