@@ -49,15 +49,15 @@ def main() -> None:
     parser.add_argument("--exchanges", type=int, default=24, help="exchanges that are tried")
     parser.add_argument("--times", action="store_true", help="time the widths of the rows instead")
     arguments = parser.parse_args()
-    if arguments.times:
-        held = json.loads(RESULTS.read_text())
-        held["times"] = times(held["rows"], smollm2(1).program)
-        RESULTS.write_text(json.dumps(held, indent=1) + "\n")
-        return
     bench, began = smollm2(arguments.windows), time.perf_counter()
     folder = cache_dir() / f"widths-{arguments.importance}"
     context = replace(bench.context, checkpoint=Checkpoint(folder, f"{arguments.importance} {arguments.windows}"))
     nested = run_pipeline(bench.program, [parse_pass(f"nest{{importance={arguments.importance},roles=[ffn]}}")], context).program
+    if arguments.times:
+        held = json.loads(RESULTS.read_text())
+        held["times"] = times(held["rows"], nested)
+        RESULTS.write_text(json.dumps(held, indent=1) + "\n")
+        return
     options = SearchWidths(budget=0.9, unit=Unit(arguments.unit), multiple_of=32, min_keep=0.25, exchanges=arguments.exchanges)
     search = Search(options, nested, find_groups(nested, find_structure(nested), (Role.FFN,)), context)
     print(f"measured in {time.perf_counter() - began:.0f} s", flush=True)
@@ -82,7 +82,7 @@ def times(rows: list[dict[str, Any]], program: Program) -> list[dict[str, Any]]:
     found = []
     for share in SHARES:
         views = {r["name"]: elastic.at(r["widths"]) for r in rows if r["ffn_share"] == share}
-        call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         timed = latency({n: partial(view.run, **call) for n, view in views.items()}, rounds=15, clock=time.process_time)
         found.append({"ffn_share": share, **{n: timed[n].ratio.median for n in views}})
         print(found[-1], flush=True)
