@@ -90,9 +90,7 @@ def fuse_cached_attentions(editor: Editor, *, rotary_multiple: int = 2, multiple
     ensure_values(program)
     left, tables = {}, _Tables(editor)
     for node in [n for n in program.graph.nodes if short_name(n) == "aten.scaled_dot_product_attention"]:
-        found = _find(node, program.cache_nodes, tables, rotary_multiple)
-        if isinstance(found, _Found) and (width := int(found.query.meta["val"].shape[-1])) % multiple:
-            found = f"its heads are {width} wide, which is no multiple of {multiple}"
+        found = _find(node, program.cache_nodes, tables, rotary_multiple, multiple)
         if isinstance(found, str):
             left[node.name] = found
         else:
@@ -100,7 +98,7 @@ def fuse_cached_attentions(editor: Editor, *, rotary_multiple: int = 2, multiple
     return left
 
 
-def _find(node: fx.Node, caches: frozenset[fx.Node], tables: _Tables, rotary_multiple: int) -> _Found | str:
+def _find(node: fx.Node, caches: frozenset[fx.Node], tables: _Tables, rotary_multiple: int, multiple: int) -> _Found | str:
     query, key, value = (_node(argument(node, a)) for a in ("query", "key", "value"))
     keys, values = (grown_cache(dequantized(_source(n, _REPEATS)), caches) for n in (key, value))
     mask = argument(node, "attn_mask")
@@ -113,8 +111,11 @@ def _find(node: fx.Node, caches: frozenset[fx.Node], tables: _Tables, rotary_mul
     widths = {int(n.meta["val"].shape[-1]) for n in (query, keys.grown, values.grown)}
     if len(widths) > 1 or argument(node, "dropout_p") or argument(node, "is_causal"):
         return f"its heads are of widths {sorted(widths)}" if len(widths) > 1 else "it drops or masks by itself"
+    (width,) = widths
+    if width % multiple:
+        return f"its heads are {width} wide, which is no multiple of {multiple}"
     q, k = _rotated(query), _rotated(keys.new)
-    if q and k and q[1:] == k[1:] and widths.pop() % rotary_multiple == 0 and all(tables.by_position(t) is not None for t in q[1:]):
+    if q and k and q[1:] == k[1:] and width % rotary_multiple == 0 and all(tables.by_position(t) is not None for t in q[1:]):
         return _Found(node, keys, values, q[0], k[0], values.new, q[1:])
     return _Found(node, keys, values, query, keys.new, values.new, None)
 
@@ -152,8 +153,7 @@ class _Tables:
     def __init__(self, editor: Editor) -> None:
         self._editor = editor
         self._made: dict[fx.Node, Tensor | None] = {}
-        axes = [a for per_leaf in editor.program.inputs.dynamic for a in per_leaf.values() if a.name == "new" and a.high is not None]
-        self._longest: int = (axes[0].high or LONGEST) if axes else LONGEST
+        self._longest = editor.program.inputs.longest("new") or LONGEST
 
     def by_position(self, node: fx.Node) -> Tensor | None:
         """`[M, D/2]`: the table's first half, if the second one repeats it and it is made from positions alone."""

@@ -75,6 +75,10 @@ class Inputs:
         device = next((v.device for v in pytree.tree_leaves(dict(kwargs)) if isinstance(v, Tensor)), None)
         return dict(kwargs) | {k: self._empty(k, sizes, device) for k in missing}
 
+    def longest(self, axis: str) -> int | None:
+        """The largest size of the dynamic axis of this name; None where there is no such axis, or no limit."""
+        return next((a.high for axes in self.dynamic for a in axes.values() if a.name == axis and a.high is not None), None)
+
     def sized(self, sizes: Mapping[str, int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The example call with dynamic axes of other sizes, by name: values are repeated or left out at the end."""
         leaves, spec = pytree.tree_flatten((self.args, self.kwargs))

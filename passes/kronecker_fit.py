@@ -22,14 +22,7 @@ SOLVES = 2  # conjugate-gradient steps on the second core in a round (measured: 
 SETTLED = 0.006  # a round that lowers the error by less than this share is the last
 NOISE = 1e-6  # what float32 leaves of a share of the squared error that is none
 FLOOR = 1e-4  # eigenvalues of S and D are raised to this share of the largest
-RIDGES = (
-    1e-5,
-    1e-4,
-    1e-3,
-    1e-2,
-    0.1,
-    1.0,
-)  # of the whitened Gram's mean eigenvalue: the least that makes it positive, which rounding can undo
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0)  # of the whitened Gram's mean eigenvalue; the least that makes it positive is added
 
 
 @dataclass(frozen=True, kw_only=True)

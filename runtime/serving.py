@@ -64,8 +64,8 @@ def genai_config(program: Program, model: nn.Module) -> dict[str, Any]:
     special = {n: _known(getattr(chosen, n, None), getattr(sizes, n, None)) for n in ("bos_token_id", "eos_token_id", "pad_token_id")}
     ends = special["eos_token_id"]
     special["pad_token_id"] = _known(special["pad_token_id"], ends[0] if isinstance(ends, list) else ends, 0)
-    rooms = [a.high for axes in program.inputs.dynamic for a in axes.values() if a.name == "new" and a.high is not None]
-    longest = min([int(getattr(text, "max_position_embeddings", None) or 4096), *rooms])
+    limit = int(getattr(text, "max_position_embeddings", None) or 4096)
+    longest = min(limit, program.inputs.longest("new") or limit)
     decoder: dict[str, Any] = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": MODEL,

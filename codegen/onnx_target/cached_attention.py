@@ -38,8 +38,8 @@ def with_cached_attention(program: Program, *, contrib: bool) -> tuple[Program, 
         left = fuse_cached_attentions(editor, rotary_multiple=ROTARY_MULTIPLE if contrib else 2, multiple=WIDTH_MULTIPLE if contrib else 1)
         if contrib:
             leave_out_causality(editor)
-        if contrib and not left:
-            _measure_by_mask(clone)
+            if not left:
+                _measure_by_mask(clone)
     return clone, tuple(f"{count} attentions are spelled out: {why}" for why, count in Counter(left.values()).items())
 
 
